@@ -10,6 +10,7 @@ import typer
 from edgeprune.api.folders import check_original, check_out, images_of
 from edgeprune.cli import limits, options, screen
 from edgeprune.common import heap
+from edgeprune.common.errors import InputError
 
 EPILOG = (
     "Example: edgeprune cache images/ --model ./sd35 -o encoded --buckets  ·  "
@@ -22,6 +23,15 @@ Workers = Annotated[
     int | None,
     typer.Option(min=1, max=256, help="Threads that decode and resize images.", show_default="one per core, at most 8"),
 ]
+
+
+def _refused(value: str | None) -> None:
+    """Say where the states of a training are made, which depend on more than the model and the data."""
+    if value is not None:
+        raise InputError(
+            "--states: states depend on the plan and on how it is trained, so `edgeprune distill -o DIR --states N "
+            "--only-states` makes them"
+        )
 
 
 def cache(
@@ -54,6 +64,10 @@ def cache(
             "--buckets", help="Choose sizes by aspect ratio. Without it all images are cropped to --height x --width."
         ),
     ] = False,
+    states: Annotated[
+        str | None,
+        typer.Option("--states", hidden=True, is_eager=True, callback=_refused, help="An option of `distill`."),
+    ] = None,
     half: Annotated[bool, typer.Option("--half", help="Store numbers in 16 bits: half the disk space.")] = False,
     workers: Workers = None,
     dry_run: options.DryRun = False,

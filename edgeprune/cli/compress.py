@@ -12,7 +12,17 @@ import typer
 from edgeprune import api
 from edgeprune.api.folders import check_places, check_prompts, world_given
 from edgeprune.cli import choices, limits, options, screen
-from edgeprune.cli.distill import DistillGuidance, GradientCheckpointing, MixedPrecision, Optimizer, Train
+from edgeprune.cli.distill import (
+    Accumulate,
+    Batch,
+    DistillGuidance,
+    Ema,
+    GradientCheckpointing,
+    MixedPrecision,
+    Optimizer,
+    Rounds,
+    Train,
+)
 from edgeprune.cli.plan import fit_rows, plan_rows
 from edgeprune.common.errors import InputError
 from edgeprune.common.tables import parse_duration
@@ -72,10 +82,14 @@ def compress(
     data: options.DataSource = None,
     train: Train = "all",
     train_states: TrainStates = None,
+    rounds: Rounds = None,
+    batch: Batch = None,
+    ema: Ema = None,
     distill_guidance: DistillGuidance = None,
     mixed_precision: MixedPrecision = None,
     optimizer: Optimizer = "adamw",
     gradient_checkpointing: GradientCheckpointing = False,
+    accumulate: Accumulate = 1,
     metric: options.Metric = "velocity",
     weights: options.MetricWeights = None,
     prompts: options.Prompts = None,
@@ -122,6 +136,7 @@ def compress(
             "states": train_states, "mixed_precision": mixed_precision,
             "gradient_checkpointing": gradient_checkpointing or None, "train": None if train == "all" else train,
             "guidance": distill_guidance, "optimizer": None if optimizer == "adamw" else optimizer,
+            "rounds": rounds, "batch": batch, "ema": ema, "accumulate": None if accumulate == 1 else accumulate,
         },
     )  # fmt: skip
     generation = api.GenerationOptions(
@@ -185,6 +200,7 @@ def _merged(
         raise InputError(f"--steps {steps}: there is no data to train on; {GIVE_DATA}")
     if steps is not None and distill is not None:
         distill = replace(distill, steps=steps) if steps else None
+    accumulate = wanted.pop("accumulate", 1) if distill is not None else 1
     if distill is not None:
         distill = replace(distill, int4_group_size=group_size, **wanted)
     elif wanted:
@@ -203,6 +219,7 @@ def _merged(
         ),
         plan=plan,
         distill=distill,
+        placement=api.Placement(accumulate=accumulate),
         encoders=encoders,
         quantize=replace(
             start.quantize,

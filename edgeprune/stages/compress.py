@@ -13,6 +13,7 @@ from typing import Any
 
 from edgeprune.analysis.contribution import ContributionReport, fingerprint, groups
 from edgeprune.artefact.resolve import read_original
+from edgeprune.common import processes
 from edgeprune.common.errors import BudgetError, InputError
 from edgeprune.common.files import need_space
 from edgeprune.common.linking import is_linked
@@ -32,7 +33,7 @@ from edgeprune.residency.compute import Compute
 from edgeprune.residency.model_files import model_files
 from edgeprune.sampling.generation import Generation
 from edgeprune.shapes import World
-from edgeprune.stages import analyze, distill, encoders, plan, prune, quantize
+from edgeprune.stages import analyze, distill, encoders, plan, prune, quantize, tail
 from edgeprune.stages.costs import flops_per_evaluation
 from edgeprune.stages.memory import Memory
 from edgeprune.stages.options import COUNTED_BY_COMPRESS, AnalyzeOptions, CompressOptions, DataOptions, seen
@@ -280,6 +281,8 @@ def memories(of: Memory, options: CompressOptions, expected: PrunePlan, images: 
         images: of each model, which the report draws.
     """
     subject, training = of.subject, options.distill
+    if training is not None:
+        training = replace(training, batch=training.batch // options.placement.accumulate)
     analysis, scored = options.analyze.chosen(subject.family, subject.config), 0
     if options.reads_scores:
         scored = analyze.memory(of, analysis, len(analysis_prompts(analysis, world=subject.world)))
@@ -362,7 +365,11 @@ def compress(
     rehearsed = rehearse(ws.source, ws.generation, options)
     if options.distill is not None:
         options.distill.check()
-        _training(ws, options, rehearsed)
+        options.placement.micro_batches(options.distill.batch, processes.count())
+        training = _training(ws, options, rehearsed)
+        recipe = distill.recipe_of(training, rehearsed, ws.family, ws.config, ws.generation)
+        if not recipe.states:
+            tail.check(rehearsed, training, recipe, options.placement)
     need_memory(ws.memory, options, rehearsed, () if ws.fresh else ws.manifest.stages)
     if options.quantize.calibration != "none" and "quantize" not in ws.manifest.stages:
         count = options.quantize.count or quantize.PROMPTS
@@ -387,8 +394,10 @@ def compress(
     then = options.quantize if options.distill is None and options.quantize.calibration == "none" else None
     if prune.run(ws, progress, no_half=no_half, then=then):
         ran.append("prune")
-    if options.distill is not None and distill.run(ws, _training(ws, options, ws.plan()), options.data, progress):
-        ran.append("distill")
+    if options.distill is not None:
+        training = _training(ws, options, ws.plan())
+        if distill.run(ws, training, options.data, progress, placement=options.placement):
+            ran.append("distill")
     if quantize.run(ws, options.quantize, progress, counted_by=COUNTED_BY_COMPRESS):
         ran.append("quantize")
     if encoders.run(ws, options.text_form, options.quantize.group_size, progress):

@@ -20,7 +20,7 @@ from edgeprune.quantization.quantize import CALIBRATIONS
 from edgeprune.residency.compute import is_small
 from edgeprune.sampling.generation import Generation
 from edgeprune.shapes import World
-from edgeprune.training.recipe import ADAMW, DistillOptions
+from edgeprune.training.recipe import ADAMW, HERE, DistillOptions, Placement
 
 GIVE_DATA = (
     "give --data FOLDER (images with captions), or --data captions: the model first draws 1,024 images for captions "
@@ -187,6 +187,8 @@ class CompressOptions:
     data: DataOptions = field(default_factory=DataOptions)
     distill: DistillOptions | None = field(default_factory=DistillOptions)
     """None skips distillation."""
+    placement: Placement = HERE
+    """In how many micro-batches it trains; no result depends on that."""
     quantize: QuantizeOptions = field(default_factory=QuantizeOptions)
     encoders: str | None = None
     """How a T5 or Qwen3 is exported, one of precision.ENCODERS; None for the default, see `encoders_of`."""
@@ -237,6 +239,7 @@ class CompressOptions:
         """Return the fields as a grid's runs digest them."""
         own = {"analyze": self.analyze.to_json(), "plan": self.plan.to_json(), "quantize": self.quantize.to_json()}
         data = asdict(self) | own
+        del data["placement"]
         if self.distill is not None and self.distill.optimizer == ADAMW:  # older grids and folders stay current
             del data["distill"]["optimizer"]
         data["encoders"] = self.text_form

@@ -65,7 +65,7 @@ def check(plan: PrunePlan, options: DistillOptions, recipe: Recipe, placement: P
     """
     if not recipe.states:
         if (options.rounds, options.prefix_calibration) != (None, None):
-            raise InputError("--rounds and --prefix-calibration are about states; give --states N, or omit them")
+            raise InputError(f"--rounds and --prefix-calibration are about states; give {_OPTION}, or omit them")
         return
     if not recipe.freeze_prefix:
         raise InputError(f"{_OPTION}: states come from a frozen prefix; omit --no-freeze-prefix, or give 0")

@@ -35,7 +35,7 @@ from edgeprune.stages.options import CompressOptions, DataOptions, QuantizeOptio
 from edgeprune.stages.states import PREFIX
 from edgeprune.stages.workspace import Workspace
 from edgeprune.training import distill as training
-from edgeprune.training.recipe import DistillOptions, Recipe
+from edgeprune.training.recipe import DistillOptions, Placement, Recipe
 from edgeprune.training.resume import losses_of
 
 DATA = DataOptions("shapes", 6)
@@ -452,6 +452,40 @@ def test_compress_rounds_the_prefix_as_it_quantizes(source: Path, tmp_path: Path
     assert stages["distill"]["options"]["options"]["prefix_calibration"] == "feedback"
 
 
+def test_compress_trains_as_it_is_asked_to(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, data = list[Any](), tmp_path / "data.txt"
+    data.write_text("a red circle\n")
+
+    def compress(*args: Any, **_: Any) -> Any:
+        asked.append(args[2])
+        raise KeyError  # the rest is not asked for
+
+    monkeypatch.setattr(api, "compress", compress)
+    command = ["compress", str(source), "-o", str(tmp_path / "out"), "--data", str(data), "--train-states", "6"]
+    CliRunner().invoke(app, [*command, "--rounds", "2", "--batch", "12", "--ema", "0.5", "--accumulate", "3"])
+    CliRunner().invoke(app, command)
+    given, usual = asked
+    found = given.distill
+    assert (found.states, found.rounds, found.batch, found.ema) == (6, 2, 12, 0.5)
+    assert (usual.distill.rounds, usual.distill.batch, usual.distill.ema) == (None, 32, 0.99)
+    assert (given.placement, usual.placement) == (api.Placement(accumulate=3), api.Placement())
+    assert given.to_json().keys() == usual.to_json().keys() and "placement" not in usual.to_json()
+
+
+def test_compress_refuses_at_once_what_training_would_refuse(source: Path, tmp_path: Path) -> None:
+    for changes, accumulate, said in (
+        ({}, 3, "--batch: found 2, expected a multiple of 3"),
+        ({"states": None, "rounds": 2}, 1, r"--rounds and .*; give --states \(of compress: --train-states\), or omit"),
+    ):
+        chosen = CompressOptions(
+            plan=PlanOptions("manual", blocks="1"), distill=options(**changes), data=DATA,
+            placement=Placement(accumulate=accumulate),
+        )  # fmt: skip
+        with pytest.raises(InputError, match=said):
+            compress(Workspace(tmp_path / "out", str(source)), chosen)
+        assert not Workspace(tmp_path / "out", str(source)).manifest.stages
+
+
 def test_on_the_command_line(source: Path, tmp_path: Path) -> None:
     runner, out = CliRunner(), begun(source, tmp_path / "out").out
     refused = runner.invoke(
@@ -459,6 +493,12 @@ def test_on_the_command_line(source: Path, tmp_path: Path) -> None:
     )
     assert isinstance(refused.exception, InputError)
     assert str(refused.exception) == "--train-states: nothing is trained; omit it"
+    for flag in ("--rounds", "--batch", "--ema", "--accumulate"):
+        value = "0.5" if flag == "--ema" else "2"
+        refused = runner.invoke(app, ["compress", str(source), "-o", str(tmp_path / "x"), flag, value])
+        assert str(refused.exception).startswith(f"{flag}: nothing is trained; give --data FOLDER")
+    refused = runner.invoke(app, ["cache", "--states", "4"])
+    assert "`edgeprune distill -o DIR --states N --only-states` makes them" in str(refused.exception)
     refused = runner.invoke(app, ["compress", "-o", str(tmp_path / "x"), "--train", "lora:x"])
     assert str(refused.exception).startswith("--train: found 'lora:x'") and not (tmp_path / "x").exists()
     done = runner.invoke(
