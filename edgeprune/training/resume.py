@@ -184,7 +184,8 @@ class Ema:
     """An exponential moving average of parameters, in float32, updated in place.
 
     In bf16 it would lose what a step adds, which is less than half of bf16's last digit. Rounding up or down at random
-    keeps it on average, but leaves noise of 1 / sqrt(12 (1 - decay)) last digits, 2 % of a weight at a decay of 0.99.
+    keeps it on average, but takes ten times as long as the update, and leaves noise of 0.2 to 1.3 % of a weight at a
+    decay of 0.99 (docs/distill.md).
 
     Early steps use the smaller decay (1 + t) / (10 + t), so that the average forgets the initial weights. With a decay
     of 0 the average is the parameters themselves, and takes no memory.

@@ -217,6 +217,17 @@ def test_ema_moves_towards_the_live_weights() -> None:
     assert torch.allclose(ema.average["p"], torch.full((2,), 0.1))
 
 
+@pytest.mark.parametrize("host", [False, True])
+def test_the_average_follows_steps_that_bf16_would_lose(host: bool) -> None:
+    p = torch.nn.Parameter(torch.ones(2))
+    ema = Ema({"p": p}, 0.99, host=host)
+    with torch.no_grad():
+        p.mul_(1.05)
+    for _ in range(500):
+        ema.update(10_000)
+    assert torch.allclose(ema.average["p"], torch.tensor(1.05), atol=1e-3)
+
+
 def test_training_on_rounded_weights_lowers_the_error_after_rounding(tmp_path: Path) -> None:
     family, teacher, student, _, _, pairs = setup()
     g = torch.Generator().manual_seed(1)
