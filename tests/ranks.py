@@ -97,7 +97,8 @@ def train(
             lesson = tail.TailLesson(family, student, plan, States([file]), chosen, recipe(chosen))
             groups = parameter_groups(family, student, plan, report, recipe(chosen), chosen.rate)
             weights, losses = training.train(
-                lesson, groups, chosen, path, Parallel(chosen.mixed_precision or "no", chosen.batch, where),
+                lesson, groups, chosen, path,
+                Parallel(chosen.mixed_precision or "no", chosen.batch, where, torch.device("cpu")),
                 inputs_digest="x", save_every=2, progress=progress,
             )  # fmt: skip
         else:

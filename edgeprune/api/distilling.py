@@ -89,7 +89,9 @@ def distill(
         options: the recipe; None for the default of the folder's model.
         data: what it learns from; None is the world of a teacher of shapes world, other models need data.
         placement: micro-batches, and where the teacher's weights are; None for one micro-batch on one device.
-        compute: where training images are drawn, and the longest time; None takes what this machine has, and any time.
+        compute: where it runs, in how much memory, and the longest time; None takes what this machine has, and any
+            time. Of several processes, each trains where accelerate says; of these, the memory that training takes is
+            not compared with what is given.
         fresh: train again where that was done with other options or other data.
         progress: called after each step and each part of the data.
 
@@ -129,7 +131,8 @@ def make_states(
         out: a pruned folder.
         options: as for `distill`.
         data: as for `distill`.
-        compute: where it runs, and the longest time; None takes what this machine has, and any time.
+        compute: where it runs, in how much memory, and the longest time; None takes what this machine has, and any
+            time.
         progress: called after each block.
 
     Raises:
@@ -154,6 +157,7 @@ def forecast_distill(
     *,
     placement: Placement | None = None,
     config: AnyPath | None = None,
+    compute: ComputeOptions | None = None,
 ) -> DistillForecast:
     """Forecast the memory of `distill` from configs alone. Nothing is written.
 
@@ -162,11 +166,12 @@ def forecast_distill(
         options: the recipe; None for the default of the folder's model.
         placement: as for `distill`.
         config: YAML file of `accelerate config`, or the name of one that ships with edgeprune; None for one process.
+        compute: where it would run; None takes what this machine has.
 
     Raises:
         InputError: there is no plan yet, or an option or the config is not usable.
     """
-    ws = open_folder(out)
+    ws = open_folder(out, compute=compute)
     from edgeprune.stages.distill import forecast
     from edgeprune.training.launch import launch_file
     from edgeprune.training.recipe import HERE

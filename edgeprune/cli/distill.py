@@ -284,6 +284,8 @@ def distill(
     levels: Levels = None,
     drop_captions: DropCaptions = None,
     distill_guidance: DistillGuidance = None,
+    device: limits.Device = "auto",
+    memory: limits.Memory = None,
     yes: limits.Yes = False,
     longest: limits.LongestTime = None,
 ) -> None:
@@ -305,7 +307,7 @@ def distill(
     if ema_offload and ema == 0:
         raise InputError("--ema-offload: found --ema 0, which keeps no averaged weights; omit one")
     check_begun(out)
-    compute = limits.compute_options("auto", None, yes=yes, longest=longest)
+    compute = limits.compute_options(device, memory, yes=yes, longest=longest)
     from dataclasses import replace
 
     base = api.preset("default", world=world_given(out), data=data)
@@ -322,7 +324,7 @@ def distill(
     )  # fmt: skip
     placement = api.Placement(accumulate=accumulate, teacher_offload=teacher_offload, ema_offload=ema_offload)
     if dry_run:
-        numbers = api.forecast_distill(out, chosen, placement=placement, config=config).to_json()
+        numbers = api.forecast_distill(out, chosen, placement=placement, config=config, compute=compute).to_json()
         remark = "of one process, on its device; kernels, communication and the allocator need more"
         return screen.show_forecast(numbers, remark, as_json)
     source = api.DataOptions(source=base.data.source, samples=samples or base.data.samples)

@@ -13,7 +13,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 _LONGEST_WAIT = timedelta(days=7)
 """The others may wait this long for rank 0, which may be encoding training data. A rank that exits is noticed at once.
@@ -22,6 +25,8 @@ _LONGEST_WAIT = timedelta(days=7)
 
 LAUNCHED = "EDGEPRUNE_LAUNCHED"
 """launch.py sets this variable, because accelerate sets none for a process that it starts alone."""
+_DEVICE = "ACCELERATE_TORCH_DEVICE"
+"""From which accelerate takes the device, see its `PartialState`."""
 
 
 def launched() -> bool:
@@ -49,12 +54,39 @@ def is_main() -> bool:
     return index() == 0
 
 
-def join() -> None:
-    """Initialise the process group once, before any other accelerate call."""
+def on_cpu() -> bool:
+    """Return whether the launcher's config says that processes compute on the CPU."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+
+
+def placed() -> bool:
+    """Return whether accelerate chooses this process's device: it was started as one of a process group."""
+    return "LOCAL_RANK" in os.environ
+
+
+def join(device: torch.device | None = None) -> None:
+    """Initialise accelerate: the process group once, before any other call of it; without a group, the device.
+
+    Args:
+        device: where this process computes, unless accelerate chooses that. Needed without a process group.
+    """
     import torch
     from accelerate import PartialState
+    from accelerate.state import AcceleratorState
 
-    PartialState(cpu=not torch.cuda.is_available(), **({"timeout": _LONGEST_WAIT} if count() > 1 else {}))
+    if device is None or placed():
+        cpu = on_cpu() or not torch.cuda.is_available()
+        PartialState(cpu=cpu, **({"timeout": _LONGEST_WAIT} if count() > 1 else {}))
+        return
+    AcceleratorState._reset_state(reset_partial_state=True)  # else the first device and precision stay for good
+    before = os.environ.get(_DEVICE)
+    os.environ[_DEVICE] = str(device)
+    try:
+        PartialState(cpu=device.type == "cpu")
+    finally:  # processes that are started later choose for themselves
+        os.environ.pop(_DEVICE)
+        if before is not None:
+            os.environ[_DEVICE] = before
 
 
 def from_main(value: Any) -> Any:

@@ -37,7 +37,7 @@ class Compute:
     def of(cls, options: ComputeOptions, wish: torch.dtype | None = None) -> Compute:
         """Choose a device of this machine; `auto` takes the first of cuda, xpu and mps, else the processor.
 
-        Of several GPUs, each process that was launched takes its own.
+        Of several GPUs, each process that was launched takes its own; a launcher's config may say the processor.
 
         Args:
             options: the user's.
@@ -47,6 +47,8 @@ class Compute:
             InputError: torch does not find the device.
         """
         device, here = options.device, _here()
+        if device == "auto" and processes.on_cpu():
+            return cls(torch.device("cpu"), options.memory, wish)
         if device == "auto":
             kind, many = next(iter(here.items()))
             own = torch.device(kind, processes.local_index() % many) if many > 1 else torch.device(kind)

@@ -281,8 +281,6 @@ def memories(of: Memory, options: CompressOptions, expected: PrunePlan, images: 
         images: of each model, which the report draws.
     """
     subject, training = of.subject, options.distill
-    if training is not None:
-        training = replace(training, batch=training.batch // options.placement.accumulate)
     analysis, scored = options.analyze.chosen(subject.family, subject.config), 0
     if options.reads_scores:
         scored = analyze.memory(of, analysis, len(analysis_prompts(analysis, world=subject.world)))
@@ -290,7 +288,7 @@ def memories(of: Memory, options: CompressOptions, expected: PrunePlan, images: 
         "analyze": scored,
         "plan": of.encoding(CALIBRATION_PROMPTS, pooled=True) if expected.modulation_rank else 0,
         "prune": prune.memory(of, expected),
-        "distill": distill.memory(of, training, options.data, expected) if training else 0,
+        "distill": distill.memory(of, training, options.data, expected, options.placement) if training else 0,
         "quantize": quantize.memory(of, calibrating_prompts(options, subject)),
         "encoders": encoders.memory(of, options.text_form),
         "report": of.reporting(images) if images else 0,

@@ -208,7 +208,8 @@ class _Task:
         recipe = recipe_of(options, plan, ws.family, ws.config, ws.generation)
         check_guidance(ws.subject, options)
         tail.check(plan, options, recipe, placement)
-        Parallel.check(options.mixed_precision or "no", options.batch, placement, options.optimizer)
+        device = ws.original.compute.device
+        Parallel.check(options.mixed_precision or "no", options.batch, placement, device, options.optimizer)
         source = data.of_model(world=ws.world)
         if recipe.sensitivity == "graded" and ws.report() is None:
             found = "graded" if options.sensitivity else "graded, the default for plans that remove components"
@@ -307,8 +308,8 @@ def run(
             return work(ws.subject, replace(options, steps=steps), data, plan)
 
         ways = [(f"--steps {fewer}", total(fewer)) for fewer in halvings(options.steps)]
-        alone = processes.count() == 1 and placement == HERE
-        needed = memory(ws.memory, options, data, plan) if alone else 0
+        alone = processes.count() == 1 and not sharded()
+        needed = memory(ws.memory, options, data, plan, placement) if alone else 0
         written = plan.after.bf16_bytes + task.states_bytes()
         ws.check_time("distill", total(options.steps), ways, progress, memory=needed, written=written)
 
@@ -334,7 +335,7 @@ def make_states(ws: Workspace, options: DistillOptions, data: DataOptions, progr
     total = drawn(ws.subject, data) + made(ws.subject, one, task.plan)
     ways = [(f"--states {n}", drawn(ws.subject, data) + made(ws.subject, replace(one, states=n), task.plan))
             for n in halvings(task.recipe.states)]  # fmt: skip
-    needed = ws.memory.process + ws.memory.transformer(1)
+    needed = max(_data_bytes(ws.memory, data), _state_maker_bytes(ws.memory))
     ws.check_time("states", total, ways, progress, memory=needed, written=task.states_bytes())
     maker = task.maker(progress)
     ws.original.release()
@@ -374,6 +375,7 @@ def _train_whole(
         path,
         inputs_digest=key,
         placement=placement,
+        device=ws.original.compute.device,
         guidance=ws.generation.guidance_scale,
         progress=lambda done, total, loss: progress("distill", done, total, f"loss {loss:.4f}"),
     )
@@ -423,15 +425,36 @@ def _before(options: DistillOptions, plan: PrunePlan, prefix: float) -> float:
     return (1 if options.guidance is None else 2) + (0.0 if shared else prefix)
 
 
-def memory(of: Memory, options: DistillOptions, data: DataOptions, plan: PrunePlan) -> int:
-    """Return the bytes that `run` takes at least in one process: of its data, of states, and of the training."""
+def memory(of: Memory, options: DistillOptions, data: DataOptions, plan: PrunePlan, placement: Placement = HERE) -> int:
+    """Return the bytes that `run` takes at least in one process: of its data, of states, and of the training.
+
+    Args:
+        of: the original.
+        options: of the training.
+        data: what it learns from.
+        plan: what is pruned.
+        placement: in how many micro-batches it trains, and what a GPU leaves on the CPU.
+    """
     subject, options = of.subject, in_precision(options, plan, of.compute)
     recipe = recipe_of(options, plan, subject.family, subject.config, subject.generation)
+    apart = (
+        replace(placement, teacher_offload=False, ema_offload=False) if of.compute.device.type == "cpu" else placement
+    )
+    micro = replace(options, batch=options.batch // placement.accumulate)
+    held = training_bytes(subject.family, subject.config, options, recipe, plan, apart)
+    trained = of.process + held + _graph_bytes(of, micro, recipe, plan)
+    return max(_data_bytes(of, data), trained, _state_maker_bytes(of) if recipe.states else 0)
+
+
+def _data_bytes(of: Memory, data: DataOptions) -> int:
+    """Return the bytes of memory that encoding, or drawing, the training data takes at least."""
     source = data.source or SHAPES
-    encoded = 0 if is_cache(source) else of.drawing(1) if is_drawn(source) else of.reading(1)
-    held = training_bytes(subject.family, subject.config, options, recipe, plan)
-    trained = of.process + held + _graph_bytes(of, options, recipe, plan)
-    return max(encoded, trained, of.process + of.transformer(1) if recipe.states else 0)
+    return 0 if is_cache(source) else of.drawing(1) if is_drawn(source) else of.reading(1)
+
+
+def _state_maker_bytes(of: Memory) -> int:
+    """Return the bytes of memory that making states takes at least: a block of either model at a time."""
+    return of.process + of.transformer(1)
 
 
 def _graph_bytes(of: Memory, options: DistillOptions, recipe: Recipe, plan: PrunePlan) -> int:
@@ -443,8 +466,15 @@ def _graph_bytes(of: Memory, options: DistillOptions, recipe: Recipe, plan: Prun
     return widths * of.subject.family.width(of.subject.config) * of.tokens * options.batch * itemsize
 
 
-def training_bytes(family: Family, config: Config, options: DistillOptions, recipe: Recipe, plan: PrunePlan) -> int:
-    """Return the bytes of the tensors that training holds in float32, and of weights that stay in 16 bits.
+def training_bytes(
+    family: Family,
+    config: Config,
+    options: DistillOptions,
+    recipe: Recipe,
+    plan: PrunePlan,
+    placement: Placement = HERE,
+) -> int:
+    """Return the bytes of the tensors that training holds, without those that `placement` keeps elsewhere.
 
     They are the teacher's weights (four bits each, at least, if it is lowered) and the student's; where weights are
     trained, their gradients, two moments, the average and, of a small model that is trained rounded, the rounded
@@ -458,18 +488,19 @@ def training_bytes(family: Family, config: Config, options: DistillOptions, reci
         options: of the training.
         recipe: what those options became that follow from the plan and the model.
         plan: what is pruned.
+        placement: what a GPU leaves on the CPU.
     """
     prefix, rounded = 2 * _prefix_numbers(family, config, plan), options.int4_group_size is not None
     learned, wide = plan.after.bf16_bytes - prefix, 1 if narrowed(options, plan, sharded=False) else 2
     student = learned if recipe.states else plan.after.bf16_bytes
     trained = learned if recipe.freeze_prefix else student
     whole = wide * plan.before.bf16_bytes if options.teacher_precision == "float32" else plan.before.int4_bytes
-    teacher = 0 if recipe.states else whole
+    teacher = 0 if recipe.states or placement.teacher_offload else whole
     narrow = options.mixed_precision not in (None, "no")  # autograd keeps rounded weights as they are multiplied
     if rank_of(options.train) is not None:  # what is added is small
         return teacher + (1 + rounded) * (1 if recipe.states and narrow else wide) * student
     kept = rounded and is_small(plan.before.parameters)
-    copies = 3 + (options.ema > 0) - (1.5 if options.optimizer == EIGHT_BIT else 0)
+    copies = 3 + (options.ema > 0 and not placement.ema_offload) - (1.5 if options.optimizer == EIGHT_BIT else 0)
     weights = 2 * trained + wide * (student - trained)
     return int(teacher + weights + (2 * copies + kept * (1 if narrow else 2)) * trained)
 

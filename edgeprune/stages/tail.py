@@ -114,7 +114,7 @@ def train_tail(
         EdgepruneError, Stopped: see `training.distill.train`.
     """
     found: tuple[Tensors, list[float]] = {}, []
-    parallel = Parallel(options.mixed_precision or "no", options.batch, placement)
+    parallel = Parallel(options.mixed_precision or "no", options.batch, placement, ws.original.compute.device)
     ws.original.release()  # everything is encoded; states read the blocks one by one
     for number in range(recipe.rounds):
         until = options.steps * (number + 1) // recipe.rounds

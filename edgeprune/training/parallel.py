@@ -31,30 +31,38 @@ def sharded() -> bool:
 class Parallel:
     """An Accelerator, and this process's share of the batch."""
 
-    def __init__(self, mixed_precision: str, batch: int, placement: Placement) -> None:
+    def __init__(self, mixed_precision: str, batch: int, placement: Placement, device: torch.device) -> None:
         """Join the other processes.
+
+        Args:
+            mixed_precision: no, bf16 or fp16.
+            batch: samples per step, of all processes.
+            placement: micro-batches, and what stays on the CPU.
+            device: to train on. Of several processes, each takes the device that accelerate gives it.
 
         Raises:
             InputError: see `check`, or accelerate's config or the hardware does not support an option.
         """
-        self.check(mixed_precision, batch, placement)
+        self.check(mixed_precision, batch, placement, device)
         self.offload, accumulate = placement.teacher_offload, placement.accumulate
         self.ema_offload = placement.ema_offload
         size = batch // placement.micro_batches(batch, processes.count())
         self.precision = mixed_precision
-        self._accelerate(accumulate, size)
+        self._accelerate(accumulate, size, device)
         self.device: torch.device = self.accelerator.device
         first = processes.index() * accumulate
         self.rows = [slice(i * size, (i + 1) * size) for i in range(first, first + accumulate)]
         """The rows of the global batch that each micro-batch of this process takes."""
 
     @staticmethod
-    def check(mixed_precision: str, batch: int, placement: Placement, optimizer: str = ADAMW) -> None:
+    def check(
+        mixed_precision: str, batch: int, placement: Placement, device: torch.device, optimizer: str = ADAMW
+    ) -> None:
         """Check what can be checked before anything is computed.
 
         Raises:
-            InputError: the batch cannot be divided among the processes, the number format needs a GPU, accelerate's
-                config says another, or it shards what cannot be sharded.
+            InputError: the batch cannot be divided among the processes, the device lacks the number format or the
+                optimizer, accelerate's config says another device or format, or it shards what cannot be sharded.
         """
         placement.micro_batches(batch, processes.count())
         configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -65,29 +73,29 @@ class Parallel:
             )
         if sharded():
             placement.check_sharded(optimizer)
-        if mixed_precision == "fp16" and not torch.cuda.is_available():  # accelerate would silently use float32
-            raise InputError("--mixed-precision: found fp16, expected no or bf16 without a CUDA GPU")
+        _check_device(mixed_precision, device, optimizer)
 
-    def _accelerate(self, accumulate: int, size: int) -> None:
+    def _accelerate(self, accumulate: int, size: int, device: torch.device) -> None:
         """Create the Accelerator.
 
         Args:
             accumulate: micro-batches per step in this process.
             size: samples per micro-batch.
+            device: see `__init__`.
 
         Raises:
             InputError: accelerate's config or the hardware does not support an option.
         """
-        from accelerate import Accelerator
+        from accelerate import Accelerator, PartialState
         from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
         zero = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
         deepspeed: Any = plugin(self.precision, accumulate, size) if zero else None
-        processes.join()
+        processes.join(device)
         self.accelerator = Accelerator(
             mixed_precision="no" if zero else self.precision,  # DeepSpeed's precision is set in its plugin
             deepspeed_plugin=deepspeed,
-            cpu=not torch.cuda.is_available(),
+            cpu=PartialState().device.type == "cpu",
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulate, sync_with_dataloader=False),
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
@@ -197,7 +205,38 @@ class Parallel:
 
     def mean(self, *values: float) -> list[float]:
         """Return each value's mean over the processes. Collective."""
+        place = self.device if processes.count() > 1 else None  # mps, where one process trains, has no float64
         means: list[float] = self.accelerator.reduce(
-            torch.tensor(values, dtype=torch.float64, device=self.device), "mean"
+            torch.tensor(values, dtype=torch.float64, device=place), "mean"
         ).tolist()
         return means
+
+
+def sharded() -> bool:
+    """Return whether accelerate's config shards models or optimizer over processes: FSDP or DeepSpeed."""
+    return any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
+
+
+def _check_device(mixed_precision: str, device: torch.device, optimizer: str) -> None:
+    """Refuse a device that accelerate does not take here, and what cannot be trained on it.
+
+    Raises:
+        InputError: see `Parallel.check`.
+    """
+    if processes.placed():
+        on_gpu = torch.cuda.is_available() and not processes.on_cpu()
+        own = torch.device("cuda", processes.local_index() % torch.cuda.device_count()) if on_gpu else None
+        own = own or torch.device("cpu")
+        if device not in (own, torch.device(own.type)):
+            raise InputError(
+                f"--device: found {device}, but accelerate starts this process to train on {own}; give {own.type}, or "
+                "train in a process that it does not start"
+            )
+    elif processes.on_cpu() and device.type != "cpu":
+        raise InputError(f"--device: found {device}, but accelerate's config says use_cpu: true; give cpu")
+    if mixed_precision == "fp16" and device.type != "cuda":  # accelerate would silently use float32 on a processor
+        raise InputError(f"--mixed-precision: found fp16, expected no or bf16 on {device.type}: it needs a CUDA GPU")
+    if mixed_precision == "bf16" and device.type == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0):
+        raise InputError("--mixed-precision: found bf16, expected no on mps before macOS 14")
+    if optimizer != ADAMW and device.type == "mps":
+        raise InputError(f"--optimizer: found {optimizer}, expected {ADAMW} on mps, for which bitsandbytes has no step")

@@ -30,6 +30,8 @@ from edgeprune.training.resume import step_generator
 from edgeprune.training.rounding import Rounding
 from edgeprune.training.teaching import checkpoint_activations
 
+_PROCESSOR = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Noisy:
@@ -194,6 +196,7 @@ def distill(
     *,
     inputs_digest: str,
     placement: Placement = HERE,
+    device: torch.device = _PROCESSOR,
     guidance: float = 1.0,
     save_every: int = 100,
     progress: StepDone = lambda step, total, loss: None,
@@ -204,7 +207,8 @@ def distill(
         recipe: what those options became that follow from the plan and the model.
         schedule: the original's noise levels.
         state_path: the training state's file; a state of the same `inputs_digest` is resumed.
-        placement: where training runs, and in how many micro-batches.
+        placement: in how many micro-batches it trains, and what stays on the CPU.
+        device: to train on, see `Parallel`.
         guidance: the guidance scale for models that take it as an input.
         save_every: save the state after this many steps.
 
@@ -213,7 +217,7 @@ def distill(
         Stopped: one of the processes received SIGTERM; the state is saved.
     """
     options.check()
-    parallel = Parallel(options.mixed_precision or "no", options.batch, placement)
+    parallel = Parallel(options.mixed_precision or "no", options.batch, placement, device)
     adapt(family, student, plan, recipe, options)
     groups = parameter_groups(family, student, plan, report, recipe, options.rate)
     lesson = Whole(family, teacher, student, plan, pairs, options, recipe, schedule, guidance)

@@ -30,7 +30,6 @@ from edgeprune.report import steps
 from edgeprune.runtimes.coreml import COMPUTE_UNITS
 from edgeprune.runtimes.gpu import Gpu
 from edgeprune.stages import quantize
-from edgeprune.training.parallel import Parallel
 
 DOCS = Path(__file__).parents[2] / "docs"
 ALL = checks("gpu") | checks("mac")
@@ -60,7 +59,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let what takes cuda take the second device, and let it be short."""
-    device = torch.device(NAME, 0)
     monkeypatch.setattr("edgeprune.residency.compute.gc", SimpleNamespace(collect=lambda: 0))  # takes most of the time
     monkeypatch.setattr("edgeprune.residency.compute._here", lambda: {NAME: 1, "cpu": 1})
     monkeypatch.setattr("edgeprune.stages.costs.matmul_flops_per_s", lambda **_: 1e12)
@@ -72,13 +70,6 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantize, "PROMPTS", 2)
     monkeypatch.setattr("edgeprune.runtimes.gpu.open_gpu", lambda extra: Gpu(FakeCuda()))
     monkeypatch.setattr("edgeprune.runtimes.trt.first_vendor", lambda: None)
-    real = Parallel._accelerate
-
-    def on_device(self: Parallel, *arguments: Any) -> None:
-        real(self, *arguments)
-        monkeypatch.setitem(self.accelerator.state.__dict__, "device", device)
-
-    monkeypatch.setattr(Parallel, "_accelerate", on_device)
 
 
 @pytest.mark.skipif(MISSING is not None, reason=MISSING or "")

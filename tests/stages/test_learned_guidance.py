@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from distilling import recipe, schedule, setup
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -52,8 +51,7 @@ def test_the_target_is_guided_and_features_are_those_with_the_prompt() -> None:
     chosen = options(batch=3, int4_group_size=None)
     lesson = Whole(family, teacher, student, found_plan, pairs, chosen, recipe(chosen), schedule(teacher), 3.0)
     batch = lesson.batch(0)
-    AcceleratorState._reset_state(True)
-    lesson.begin(student, Parallel("no", 3, HERE))
+    lesson.begin(student, Parallel("no", 3, HERE, torch.device("cpu")))
     lesson.loss(batch)
     seen = {block: dict(streams) for block, streams in lesson.teacher_features.features.items()}
     with torch.no_grad():

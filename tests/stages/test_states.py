@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import weakref
 from dataclasses import replace
@@ -13,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensor
 from typer.testing import CliRunner
@@ -31,10 +31,12 @@ from edgeprune.sampling.denoising import Conditioning
 from edgeprune.sampling.generation import Generation
 from edgeprune.stages import distill, plan, prune, quantize, states, tail
 from edgeprune.stages.compress import compress
+from edgeprune.stages.memory import Memory
 from edgeprune.stages.options import CompressOptions, DataOptions, QuantizeOptions
 from edgeprune.stages.states import PREFIX
 from edgeprune.stages.workspace import Workspace
 from edgeprune.training import distill as training
+from edgeprune.training.parallel import Parallel
 from edgeprune.training.recipe import DistillOptions, Placement, Recipe
 from edgeprune.training.resume import losses_of
 
@@ -218,7 +220,6 @@ def test_a_begun_training_keeps_its_number_format(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the machine that it goes on on multiplies."""
-    AcceleratorState._reset_state()  # accelerate allows one precision per process
     ws = begun(source, tmp_path / "out")
 
     class Killed(Exception):
@@ -243,7 +244,6 @@ def test_a_begun_training_keeps_its_number_format(
     assert steps == [5, 6]
     found = Workspace(ws.out, str(source)).manifest.stages["distill"]["options"]["options"]["mixed_precision"]
     assert found == "bf16"
-    AcceleratorState._reset_state()
 
 
 def test_the_tail_learns_and_the_prefix_stays(source: Path, tmp_path: Path) -> None:
@@ -532,3 +532,49 @@ def test_states_alone_are_those_that_training_finds(source: Path, tmp_path: Path
     assert str(refused.exception).startswith("--only-states: this training runs both models in every step; give --st")
     refused = runner.invoke(app, [*command, "--only-states", "--fresh"])
     assert str(refused.exception).startswith("--fresh: nothing is trained with --only-states")
+
+
+def test_training_goes_where_the_folder_computes(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With both models, and from states."""
+    here, found = torch.device("cpu", 0), list[torch.device]()  # another name of the processor
+
+    class Placed(Exception):
+        pass
+
+    def place(self: Parallel, accumulate: int, size: int, device: torch.device) -> None:
+        found.append(device)
+        raise Placed
+
+    monkeypatch.setattr(Parallel, "_accelerate", place)
+    ws = begun(source, tmp_path / "out")
+    ws.original.compute = Compute(here)
+    for many in (0, 3):
+        with pytest.raises(Placed):
+            distill.run(ws, options(states=many), DATA)
+    assert found == [here, here]
+
+
+def test_distill_takes_memory_and_a_device(source: Path, tmp_path: Path) -> None:
+    """Of a GPU, what stays on the processor does not count."""
+    out = tmp_path / "out"
+    ws = begun(source, out)
+    need = distill.memory(ws.memory, chosen := options(states=0, batch=64), DATA, ws.plan())
+    for placement, less in (
+        (Placement(accumulate=16), True),
+        (Placement(teacher_offload=True, ema_offload=True), False),
+    ):
+        assert (distill.memory(ws.memory, chosen, DATA, ws.plan(), placement) < need) is less
+    gpu = Memory(ws.subject, Compute(torch.device("cuda")))
+    parts = [Placement(), Placement(teacher_offload=True), Placement(teacher_offload=True, ema_offload=True)]
+    sizes = [distill.memory(gpu, chosen, DATA, ws.plan(), placement) for placement in parts]
+    assert sizes == sorted(set(sizes), reverse=True)
+    del ws
+    command = ["distill", "-o", str(out), "--data", "shapes", "--batch", "2", "--states", "3"]
+    for more, said in (
+        (["--memory", "300MB"], r"--memory: found 0\.30 GB, expected at least 0\.\d+ GB here for distill"),
+        (["--memory", "300MB", "--only-states"], r"--memory: found 0\.30 GB, .* here for states"),
+        (["--device", "cuda:77"], "--device: found 'cuda:77', expected one of auto, .*cpu"),
+        (["--device", "cuda:77", "--dry-run"], "--device: found 'cuda:77', expected one of auto, .*cpu"),
+    ):
+        refused = CliRunner().invoke(app, [*command, *more])
+        assert isinstance(refused.exception, InputError) and re.search(said, str(refused.exception)), refused.exception

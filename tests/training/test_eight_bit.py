@@ -81,16 +81,17 @@ def test_a_state_of_another_shape_is_refused(tmp_path: Path) -> None:
 
 
 def test_it_is_refused_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
     for kind in ("FSDP", "DEEPSPEED"):
         monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
         with pytest.raises(InputError, match="--optimizer: found adamw8bit, expected adamw where"):
-            Parallel.check("no", 4, Placement(), EIGHT_BIT)
+            Parallel.check("no", 4, Placement(), cpu, EIGHT_BIT)
         with pytest.raises(InputError, match="--ema-offload"):
-            Parallel.check("no", 4, Placement(ema_offload=True))
+            Parallel.check("no", 4, Placement(ema_offload=True), cpu)
         monkeypatch.delenv(f"ACCELERATE_USE_{kind}")
-    Parallel.check("no", 4, Placement(ema_offload=True), EIGHT_BIT)
+    Parallel.check("no", 4, Placement(ema_offload=True), cpu, EIGHT_BIT)
     with pytest.raises(InputError, match="--batch: found 4, expected a multiple of 3, the number of processes times"):
-        Parallel.check("no", 4, Placement(accumulate=3))
+        Parallel.check("no", 4, Placement(accumulate=3), cpu)
     monkeypatch.setattr(extras, "absent", lambda package: package == "bitsandbytes")
     with pytest.raises(MissingExtraError, match="bitsandbytes"):
         DistillOptions(optimizer=EIGHT_BIT).check()

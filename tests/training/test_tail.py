@@ -60,7 +60,7 @@ def test_the_loss_is_that_with_both_models_in_memory(tmp_path: Path, kind: str, 
     for model in (teacher, student):
         model.double()  # the loss is a small difference of two large outputs
     chosen = DistillOptions(batch=4, int4_group_size=None, **options)
-    how, levels, parallel = recipe(chosen), schedule(teacher), Parallel("no", 4, HERE)
+    how, levels, parallel = recipe(chosen), schedule(teacher), Parallel("no", 4, HERE, torch.device("cpu"))
     single = noisy(pairs, chosen, how, levels, 3)
     condition = Conditioning(single.condition.hidden.double(), single.condition.pooled.double())
     drawn = Noisy(single.latents.double(), condition, single.sigma.double(), single.velocity.double())

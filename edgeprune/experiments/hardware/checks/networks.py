@@ -7,7 +7,7 @@ from typing import Any
 
 from edgeprune.experiments.hardware.checks.drawing import compare_image
 from edgeprune.experiments.hardware.place import Place
-from edgeprune.experiments.hardware.registry import Failed, LeftOut, check
+from edgeprune.experiments.hardware.registry import Failed, check
 
 _NEEDS = ("diffusers", "transformers", "safetensors")
 
@@ -39,8 +39,6 @@ def _trained(place: Place, name: str, **changes: Any) -> str:
     from edgeprune.stages.options import AnalyzeOptions, DataOptions
     from edgeprune.training.recipe import DistillOptions
 
-    if place.device.type == "mps":
-        raise LeftOut("distillation uses cuda or the processor")
     ws = place.workspace(place.small("sd3"), name)
     analyze.run(ws, AnalyzeOptions(count=1, estimator="gates"))
     plan.run(ws, PlanOptions("manual", blocks="1"))
@@ -51,7 +49,7 @@ def _trained(place: Place, name: str, **changes: Any) -> str:
         if label == "distill":
             losses.append(text)
 
-    precision = "bf16" if place.device.type == "cuda" else "no"  # autocast knows torch's own devices
+    precision = "bf16" if place.device.type in ("cuda", "mps") else "no"  # autocast knows torch's own devices
     options = DistillOptions(steps=4, batch=4, mixed_precision=precision, **changes)
     with place.peak() as peak:
         distill.run(ws, options, DataOptions("shapes", 8), progress)
