@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # the functions import these after their checks: torch takes 
     from edgeprune.artefact.lora.reading import Lora
     from edgeprune.artefact.lora.remap import Fate
     from edgeprune.artefact.manifest import Manifest
+    from edgeprune.common.memory import ComputeOptions
     from edgeprune.families import Family
     from edgeprune.planning.plan import PrunePlan
 
@@ -70,7 +71,13 @@ def remap_lora(file: AnyPath, model: AnyPath, out: AnyPath) -> AppliedLora:
 
 
 def merge_lora(
-    file: AnyPath, model: AnyPath, out: AnyPath, *, scale: float = 1.0, progress: Progress = silent
+    file: AnyPath,
+    model: AnyPath,
+    out: AnyPath,
+    *,
+    scale: float = 1.0,
+    compute: ComputeOptions | None = None,
+    progress: Progress = silent,
 ) -> AppliedLora:
     """Write a new artefact whose weights have a LoRA added, quantized as `model` is. An interrupted call resumes.
 
@@ -79,10 +86,13 @@ def merge_lora(
         model: a pruned artefact folder, distilled or not.
         out: the artefact folder to create.
         scale: multiplies what the LoRA changes.
+        compute: where INT4 is calibrated, in how much memory, and the longest time; None takes what this machine has,
+            and any time.
         progress: called after each file and block.
 
     Raises:
-        InputError: the file is not a LoRA of the model, the scale is not a finite number, or files are missing.
+        InputError: the file is not a LoRA of the model, the scale is not a finite number, files are missing, or a stage
+            takes too much memory or time, which is refused before weights are written.
         StaleStageError: `out` is another artefact.
         LockedError: another process uses `out`.
         DiskError: the disk is full; the next call resumes.
@@ -104,7 +114,7 @@ def merge_lora(
     if not fate.kept and not fate.changed:
         raise InputError(f"{file}: nothing of it applies: all of its {len(fate.gone)} layers are gone")
     merge.begin(base, Path(out), lora, scale)
-    ws = open_folder(out)
+    ws = open_folder(out, compute=compute)
     merge.copy_records(base, Path(out))
     ran = merge.run(ws, base, lora, scale, progress)
     return AppliedLora(Path(out), ran=ran, fate=fate, assumed_scales=lora.assumed)

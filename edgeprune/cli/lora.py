@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from edgeprune import api
-from edgeprune.cli import options, screen
+from edgeprune.cli import limits, options, screen
 from edgeprune.common.errors import InputError
 
 EPILOG = (
@@ -38,6 +38,10 @@ def lora(
         typer.Option(metavar="X", help="Strength of a merged LoRA.", show_default="1"),
     ] = None,
     as_json: options.AsJson = False,
+    device: limits.Device = "auto",
+    memory: limits.Memory = None,
+    yes: limits.Yes = False,
+    longest: limits.LongestTime = None,
 ) -> None:
     """Remap a LoRA of the original to the pruned model, or merge it into the weights.
 
@@ -46,9 +50,15 @@ def lora(
     """
     if scale is not None and not merge:
         raise InputError("--scale: needs --merge; for a LoRA file, give the scale when you load it")
+    if (device, memory, yes, longest) != ("auto", None, False, None) and not merge:
+        raise InputError(
+            "--device, --memory, --yes, --time: are about what --merge computes; a LoRA file takes seconds"
+        )
     if merge:
+        compute = limits.compute_options(device, memory, yes=yes, longest=longest)
+        strength = 1.0 if scale is None else scale
         with screen.bars() as progress:
-            done = api.merge_lora(file, model, out, scale=1.0 if scale is None else scale, progress=progress)
+            done = api.merge_lora(file, model, out, scale=strength, compute=compute, progress=progress)
     else:
         done = api.remap_lora(file, model, out)
     _show(done, model, merge=merge)

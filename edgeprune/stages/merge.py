@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.artefact import licensing
-from edgeprune.artefact.lora import encoders
+from edgeprune.artefact.lora import encoders as lora_encoders
 from edgeprune.artefact.lora.merging import Differences, encoders_of
 from edgeprune.artefact.lora.names import TRANSFORMER
 from edgeprune.artefact.lora.reading import Lora
@@ -25,10 +25,9 @@ from edgeprune.common.progress import Progress, silent
 from edgeprune.common.tensors import Tensors
 from edgeprune.planning.remainder import tensor_sources
 from edgeprune.residency.weights import Weights
-from edgeprune.stages.encoders import run as encode
+from edgeprune.stages import encoders, quantize
 from edgeprune.stages.modulation import MODULATION
 from edgeprune.stages.options import QuantizeOptions
-from edgeprune.stages.quantize import run as quantize
 from edgeprune.stages.weights import STAND_INS, by_block, mean_and_basis, original_weights, write_half
 from edgeprune.stages.workspace import ENCODERS_STAGE, ORDER, Workspace
 
@@ -79,18 +78,27 @@ def run(ws: Workspace, base: Path, lora: Lora, scale: float, progress: Progress 
         progress: called after each file and block.
 
     Raises:
-        InputError: files of `base` or of the original are missing or damaged, or a layer has no bias to change.
+        InputError: files of `base` or of the original are missing or damaged, or a layer has no bias to change; or
+            INT4 takes too much memory or time, which is refused before weights are written.
     """
     old = Manifest.load(base)
-    ran = ws.stage("merge", {"loras": ws.manifest.loras}, lambda key: _write(ws, base, old, lora, scale, key, progress))
-    options = old.stages.get("quantize", {}).get("options")
-    if options is None:
-        return ran
+    options, stored = (old.stages.get(stage, {}).get("options") for stage in ("quantize", ENCODERS_STAGE))
     known = {field.name for field in fields(QuantizeOptions)}
-    chosen = QuantizeOptions(**{k: v for k, v in options.items() if k in known})
-    ran = quantize(ws, chosen, progress) or ran
-    stored = old.stages.get(ENCODERS_STAGE, {}).get("options")
-    return (stored is not None and encode(ws, stored["encoders"], chosen.group_size, progress)) or ran
+    chosen = QuantizeOptions(**{k: v for k, v in options.items() if k in known}) if options else None
+
+    def check() -> None:
+        if chosen is not None:
+            settled, prompts = quantize.settled(ws, chosen)
+            quantize.check_time(ws, settled, ws.plan(), len(prompts), silent)
+            if stored is not None:
+                encoders.check_time(ws, stored["encoders"], chosen.group_size, silent)
+
+    inputs = {"loras": ws.manifest.loras}
+    ran = ws.stage("merge", inputs, lambda key: _write(ws, base, old, lora, scale, key, progress), check)
+    if chosen is None:
+        return ran
+    ran = quantize.run(ws, chosen, progress) or ran
+    return (stored is not None and encoders.run(ws, stored["encoders"], chosen.group_size, progress)) or ran
 
 
 def copy_records(base: Path, out: Path) -> None:
@@ -126,7 +134,7 @@ def _write(
     write_half(ws, plan, blocks, make, key, progress)
     copy_surroundings(base, ws.out)
     for encoder in encoders_of(lora):
-        encoders.merge(ws.out, encoder, lora, scale)
+        lora_encoders.merge(ws.out, encoder, lora, scale)
     for entry in {name.partition("/")[0] for name in licensing.files(ws.out)}:
         ws.manifest.hash_files(ws.out, entry)
     return {}

@@ -49,10 +49,8 @@ def run(ws: Workspace, options: QuantizeOptions, progress: Progress = silent, *,
     ws.need("prune", "quantize")
     plan, given = ws.plan(), options.calibration
     rounded = ws.training_option("int4_group_size") == options.group_size
-    options = options.chosen(rounded=rounded, large=not is_small(ws.subject.numbers))
-    inputs, prompts = options.to_json(), list[str]()
-    if options.calibration != "none":
-        inputs["prompts"] = prompts = calibrating(ws, count=options.count or PROMPTS)[: options.count]
+    options, prompts = settled(ws, options)
+    inputs = options.to_json() | ({"prompts": prompts} if prompts else {})
 
     def check() -> None:
         check_pruned(ws)
@@ -66,6 +64,19 @@ def run(ws: Workspace, options: QuantizeOptions, progress: Progress = silent, *,
         check_time(ws, options, plan, len(prompts), progress, counted_by=counted_by)
 
     return ws.stage("quantize", inputs, lambda key: _quantize(ws, options, plan, prompts, key, progress), check)
+
+
+def settled(ws: Workspace, options: QuantizeOptions) -> tuple[QuantizeOptions, list[str]]:
+    """Return the options with what follows from the training and the model, and the prompts that calibrate.
+
+    Raises:
+        InputError: see `run`.
+    """
+    rounded = ws.training_option("int4_group_size") == options.group_size
+    options = options.chosen(rounded=rounded, large=not is_small(ws.subject.numbers))
+    if options.calibration == "none":
+        return options, []
+    return options, calibrating(ws, count=options.count or PROMPTS)[: options.count]
 
 
 class Ahead:

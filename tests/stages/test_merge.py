@@ -19,10 +19,11 @@ from edgeprune.artefact.manifest import Manifest
 from edgeprune.common.errors import InputError, StaleStageError
 from edgeprune.residency.weights import Weights
 from edgeprune.sampling.denoising import Conditioning, velocity
-from edgeprune.stages import encoders
+from edgeprune.stages import encoders, merge, workspace
 from edgeprune.stages.plan import run as run_plan
 from edgeprune.stages.prune import run as run_prune
 from edgeprune.stages.quantize import run as run_quantize
+from edgeprune.stages.work import Speeds
 from edgeprune.stages.workspace import Workspace
 
 FILE = "diffusion_pytorch_model.safetensors"
@@ -187,8 +188,6 @@ def test_a_second_lora_is_added_to_the_first(folder: Path, tmp_path: Path) -> No
 
 
 def test_a_killed_merge_resumes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgeprune.stages import merge
-
     file, small = folder / "style.safetensors", folder / "small"
     api.merge_lora(file, small, tmp_path / "whole")
 
@@ -196,12 +195,36 @@ def test_a_killed_merge_resumes(folder: Path, tmp_path: Path, monkeypatch: pytes
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(merge.encoders, "merge", killed)
+        patch.setattr(merge.lora_encoders, "merge", killed)
         api.merge_lora(file, small, tmp_path / "killed")
     assert api.merge_lora(file, small, tmp_path / "killed").ran
     for part in ("transformer", "transformer_int4", "text_encoder"):
         for path in (tmp_path / "whole" / part).glob("*.safetensors"):
             assert path.read_bytes() == (tmp_path / "killed" / part / path.name).read_bytes()
+
+
+def test_merging_is_refused_where_it_takes_too_long(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both stages of INT4, before weights are written; `--yes` and `--device` reach them."""
+    asked, out, file = list[tuple[str, int | None, float | None]](), tmp_path / "styled", folder / "style.safetensors"
+    words = [file, "--model", folder / "small", "-o", out, "--merge", "--device", "cpu"]
+    for slow, said in ((Speeds(1e6, rounded=1e-3), "quantize: at least"), (Speeds(1e-9, flops=1e-3), "encoders: at ")):
+        monkeypatch.setattr(workspace, "least", lambda *_, slow=slow: slow)
+        for more in ((), ("--time", "2h")):
+            refused = run(*words, *more)
+            assert str(refused.exception).startswith(said) and "--yes runs it anyway" in str(refused.exception)
+        assert not list(out.glob("t*/*"))
+    refused = run(*words, "--memory", "10MB")
+    assert str(refused.exception).startswith("--memory: found 0.01 GB") and not list(out.glob("t*/*"))
+
+    def written(ws: Workspace, *_: Any) -> None:
+        asked.append((str(ws.original.compute.device), ws.original.compute.memory, ws.longest_s))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merge, "_write", written)
+    run(*words, "--yes", "--memory", "9GB")
+    assert asked == [("cpu", 9 * 10**9, None)]
 
 
 @pytest.mark.parametrize(
@@ -210,6 +233,8 @@ def test_a_killed_merge_resumes(folder: Path, tmp_path: Path, monkeypatch: pytes
         (("-o", "new"), "expected a file whose name ends in .safetensors; with --merge, a folder"),
         (("-o", "new.safetensors", "--merge"), "expected a folder, which --merge creates"),
         (("-o", "new.safetensors", "--scale", "2"), "--scale: needs --merge"),
+        (("-o", "new.safetensors", "--device", "cpu"), "--device, --memory, --yes, --time: are about what --merge"),
+        (("-o", "new.safetensors", "--yes"), "--device, --memory, --yes, --time: are about what --merge"),
         (("-o", "new", "--merge", "--scale", "nan"), "--scale: found nan, expected a finite number"),
     ],
 )
