@@ -80,6 +80,7 @@ def plan(
     scores: AnyPath | None = None,
     compute: ComputeOptions | None = None,
     fresh: bool = False,
+    progress: Progress = silent,
 ) -> Planned:
     """Choose which parts to remove, and write plan.json.
 
@@ -87,12 +88,15 @@ def plan(
         out: an artefact folder that `analyze` or `compress` began.
         options: method and budget; None for the defaults of the folder's model.
         scores: a file of contribution scores to use instead of the folder's own.
-        compute: where networks run, and in how much memory; None takes what this machine has.
+        compute: where networks run, in how much memory, and the longest time; None takes what this machine has, and
+            any time.
         fresh: plan again where the folder was planned with other options.
+        progress: gets a line that says what measuring the modulation takes, of a large model.
 
     Raises:
         BudgetError: no plan meets the budget.
-        InputError: there is no such folder, or an option or the scores are not usable.
+        InputError: there is no such folder, an option or the scores are not usable, or measuring the modulation takes
+            too long.
         StaleStageError: the folder was planned with other options, and `fresh` is not set.
         LockedError: another process uses the folder.
     """
@@ -104,7 +108,7 @@ def plan(
 
     chosen = options or preset("default", world=ws.world).plan
     fit = ws.fit(chosen.fit) if chosen.fit else None
-    ran = run(ws, chosen, None if scores is None else Path(scores))
+    ran = run(ws, chosen, None if scores is None else Path(scores), progress)
     removable = Removable.shown(ws.family, ws.config, chosen)
     made = ws.plan()
     resident = resident_bytes(ws.family, ws.config, made, chosen.group_size)

@@ -69,11 +69,13 @@ def verify(
         dtype: what text encoders and transformer compute in: fp32, bf16 or fp16; None for what they compute in on
             this machine.
         generation: height and width of the image, and other settings; None for the model's own.
-        compute: where networks run, and in how much memory; None takes what this machine has.
+        compute: where networks run, in how much memory, and the longest time; None takes what this machine has, and
+            any time.
         progress: called after each block.
 
     Raises:
-        InputError: the model is not usable or is of a kind that cannot be verified, or an option is out of range.
+        InputError: the model is not usable or is of a kind that cannot be verified, an option is out of range, or the
+            steps take too long.
         MissingExtraError: a package that runs originals is not installed.
     """
     check_original(model, revision)
@@ -101,7 +103,8 @@ def verify(
     images = Generation.load(folder).changed(GenerationOptions(**heed(folder, given)), "options")
     images.check_size(folder, given)
     check_tokens(folder, family.encoders, images.max_sequence_length)
-    findings = run(Subject(folder, here, images, variant, progress))
+    longest_s = compute.longest_s if compute else None
+    findings = run(Subject(folder, here, images, variant, progress, longest_s))
     return Verified(
         folder="built-in" if model is None else str(model), device=str(here.device), height=images.height,
         width=images.width, findings=tuple(findings),

@@ -59,6 +59,8 @@ def plan(
     group_size: options.GroupSize = 64,
     device: limits.Device = "auto",
     memory: limits.Memory = None,
+    yes: limits.Yes = False,
+    longest: limits.LongestTime = None,
 ) -> None:  # fmt: skip
     """Choose which parts to remove, and show what stays: plan.json."""
     if (out is None) == (config is None):
@@ -87,9 +89,10 @@ def plan(
         screen.table(plan_rows(made, made.modulation_rank, removable, plan_options.stand_in, resident))
         return screen.print_json(made.to_json()) if as_json else None
     check_begun(out)
-    compute = limits.compute_options(device, memory)
-    start = api.preset("default", world=world_given(out))
-    done = api.plan(out, options.plan_options(start.plan, **chosen), scores=scores, compute=compute, fresh=fresh)
+    compute = limits.compute_options(device, memory, yes=yes, longest=longest)
+    start = options.plan_options(api.preset("default", world=world_given(out)).plan, **chosen)
+    with screen.bars() as progress:
+        done = api.plan(out, start, scores=scores, compute=compute, fresh=fresh, progress=progress)
     screen.table(
         [
             *fit_rows(done.fit),

@@ -52,6 +52,8 @@ def verify(
     ] = None,
     device: limits.Device = "auto",
     memory: limits.Memory = None,
+    yes: limits.Yes = False,
+    longest: limits.LongestTime = None,
     as_json: options.AsJson = False,
 ) -> None:  # fmt: skip
     """Check that a model computes on this machine what its files say.
@@ -61,7 +63,7 @@ def verify(
     read block by block. The exit code is 1 if a check fails.
     """
     check_original(model, revision)
-    compute = limits.compute_options(device, memory)
+    compute = limits.compute_options(device, memory, yes=yes, longest=longest)
     generation = api.GenerationOptions(height=height, width=width)
     with screen.bars() as progress:
         done = api.verify(

@@ -28,7 +28,7 @@ from edgeprune.sampling.prompts import read_prompts
 from edgeprune.stages.modulation import MODULATION, inputs_of, is_guided, sampler_levels
 from edgeprune.stages.prompts import analyzed_or_split
 from edgeprune.stages.weights import original_weights
-from edgeprune.stages.work import encoding
+from edgeprune.stages.work import Work, encoding
 from edgeprune.stages.workspace import Workspace
 
 
@@ -139,4 +139,5 @@ def _check_time(ws: Workspace, prompts: list[str], progress: Progress) -> None:
     """Say what measuring the modulation takes, if prompts are encoded for it."""
     if prompts:
         needed = ws.memory.encoding(len(prompts), pooled=True)
-        ws.check_time("plan", encoding(ws.subject, len(prompts), pooled=True), [], progress, memory=needed)
+        ways = [("--modulation-rank full", Work())]
+        ws.check_time("plan", encoding(ws.subject, len(prompts), pooled=True), ways, progress, memory=needed)

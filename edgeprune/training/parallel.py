@@ -23,11 +23,6 @@ from edgeprune.training.resume import gathered
 from edgeprune.training.zero import ZeroOptimizer, plugin, shard
 
 
-def sharded() -> bool:
-    """Return whether accelerate's config shards models or optimizer over processes: FSDP or DeepSpeed."""
-    return any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
-
-
 class Parallel:
     """An Accelerator, and this process's share of the batch."""
 

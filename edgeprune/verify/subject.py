@@ -21,6 +21,7 @@ from edgeprune.artefact.loading import open_transformer
 from edgeprune.artefact.manifest import HALF, INT4
 from edgeprune.artefact.resolve import read_config
 from edgeprune.artefact.staged import StagedPipeline
+from edgeprune.common.errors import InputError
 from edgeprune.common.progress import Progress, Steps
 from edgeprune.common.tables import duration
 from edgeprune.families import CHANGED
@@ -36,6 +37,8 @@ from edgeprune.sampling.generation import Generation
 from edgeprune.sampling.solvers import EULER
 from edgeprune.shapes import Meaning, Thing, render
 from edgeprune.stages.costs import evaluation_seconds
+from edgeprune.stages.memory import Memory
+from edgeprune.stages.work import Subject as Drawn
 from edgeprune.verify import reference
 from edgeprune.verify.peaks import Peak, watched
 
@@ -90,13 +93,20 @@ class Subject:
         generation: steps, guidance, and the size of the image.
         variant: of the weights, see residency/model_files.py.
         progress: called after each block.
+        longest_s: refuse steps that take at least so many seconds; None takes any time.
     """
 
     def __init__(
-        self, folder: Path, compute: Compute, generation: Generation, variant: str | None, progress: Progress
+        self,
+        folder: Path,
+        compute: Compute,
+        generation: Generation,
+        variant: str | None,
+        progress: Progress,
+        longest_s: float | None = None,
     ) -> None:
         self.folder, self.compute, self.generation, self.variant = folder, compute, generation, variant
-        self.progress = progress
+        self.progress, self.longest_s = progress, longest_s
         self.config, self.family = read_config(folder)
 
     @property
@@ -122,17 +132,24 @@ class Subject:
             check_room(stored, self.compute)
 
     def say_time(self) -> None:
-        """Say how long the steps of a large model take at least here, in both dtypes."""
+        """Say how long the steps of a large model take at least here, in both dtypes, and in how much memory.
+
+        Raises:
+            InputError: they take longer than `longest_s`.
+        """
         numbers = sum(map(math.prod, self.family.tensor_shapes(self.config).values()))
         if is_small(numbers) or str(self.config["_class_name"]).startswith(CHANGED):  # its config alone makes no model
             return
         sides = (self.compute, replace(self.compute, wish=torch.float32))
         once = sum(evaluation_seconds(self.family, self.config, self.folder, self.generation, c) for c in sides)
-        size = f"{self.generation.width}x{self.generation.height}"
-        self.progress(
-            f"verify: the steps take at least {duration(once * len(self.transformers))} at {size} here, "
-            f"on {self.compute.device}; --height and --width make it shorter"
-        )
+        seconds, size = once * len(self.transformers), f"{self.generation.width}x{self.generation.height}"
+        takes = f"verify: the steps take at least {duration(seconds)} at {size} here, on {self.compute.device}"
+        shorter = "--height and --width make it shorter"
+        if self.longest_s is not None and seconds > self.longest_s:
+            raise InputError(f"{takes}; {shorter}; --yes runs it anyway")
+        drawn = Drawn(self.folder, self.family, self.config, self.generation)
+        needed = Memory(drawn, sides[1]).drawing(1)  # the reference computes in float32
+        self.progress(f"{takes}, in {needed / 1e9:.2f} GB of memory or more; {shorter}")
 
     @functools.cached_property
     def text(self) -> Text:

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from stage_runs import OPTIONS
 from tiny import tiny_flux_pipeline
+from typer.testing import CliRunner
 
 from edgeprune.artefact.resolve import read_original
+from edgeprune.cli import app
 from edgeprune.cli.limits import compute_options
 from edgeprune.common.errors import InputError
 from edgeprune.common.memory import ComputeOptions
@@ -157,6 +159,22 @@ def test_each_stage_of_a_large_model_says_what_it_takes(
     assert [line.partition(":")[0] for line in said] == ["plan", "prune", "quantize"]
     assert "here, on cpu" in said[1] and "writes 0.00 GB" in said[1]
     assert "in at most 10.00 GB of memory, writes 0.00 GB, " in said[2] and said[2].endswith("of the transformer")
+
+
+def test_a_plan_is_refused_where_its_prompts_take_too_long(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workspace, "least", lambda *_: Speeds(1e-3, flops=1.0))
+    out = tmp_path / "out"
+    Workspace(out, str(source))
+    words = ["plan", "-o", str(out), "--blocks", "1", "--device", "cpu", "--modulation-rank", "4"]
+    for more in ([], ["--time", "2h"]):
+        refused = CliRunner().invoke(app, [*words, *more])
+        assert isinstance(refused.exception, InputError), refused.output
+        why = str(refused.exception)
+        assert why.startswith("plan: at least") and "; --modulation-rank full takes 0 s; --yes runs it anyway" in why
+    assert not (out / "plan.json").exists()
+    assert CliRunner().invoke(app, [*words, "--yes"]).exit_code == 0 and (out / "plan.json").is_file()
 
 
 def test_the_disk_is_timed_without_a_file_of_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

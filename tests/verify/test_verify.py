@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -354,7 +355,15 @@ def test_the_time_of_a_large_model_is_said_first(
     api.verify(small, compute=ComputeOptions("cpu"), progress=lambda what, *_: said.append(what))
     (line,) = [words for words in said if "at least" in words]
     assert line.startswith("verify: the steps take at least 20 min at 64x64 here, on cpu")
+    assert re.search(r"on cpu, in \d+\.\d\d GB of memory or more; --height and --width", line)
     assert said.index(line) < said.index("verify: VAE")
+    for more in (["--time", "10m"], ["--time", "19m"]):
+        refused = CliRunner().invoke(app, ["verify", str(small), "--device", "cpu", *more])
+        assert isinstance(refused.exception, InputError), refused.output
+        assert "20 min at 64x64 here, on cpu; --height and" in (why := str(refused.exception)) and "--yes runs" in why
+    monkeypatch.setattr(subject, "evaluation_seconds", lambda *_: 3600.0)
+    assert "--yes runs" in str(CliRunner().invoke(app, ["verify", str(small)]).exception)
+    assert CliRunner().invoke(app, ["verify", str(small), "--yes"]).exit_code == 0
 
 
 def test_exit_codes(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
