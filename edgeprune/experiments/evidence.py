@@ -111,7 +111,8 @@ def is_done(row: Row) -> bool:
     if not row.kept.is_file():
         return False
     names = {f"{one.name}/seed-{seed}" for one in row.rows.rows for seed in range(one.seeds)}
-    return names <= read_json(row.kept)["results"].keys()
+    kept: dict[str, Any] = read_json(row.kept)["results"]
+    return names <= kept.keys()
 
 
 def table(row: Row) -> tuple[dict[str, Any], str]:
