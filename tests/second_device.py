@@ -119,7 +119,12 @@ class DeviceTensor(torch.Tensor):
     home: SecondDevice
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor, home: SecondDevice) -> DeviceTensor:
+    def __new__(
+        cls, inner: torch.Tensor, home: SecondDevice | None = None, *, requires_grad: bool = False
+    ) -> DeviceTensor:
+        if home is None:  # accelerate makes a parameter by the class of the one that was there, see its `cpu_offload`
+            made: Any = torch.nn.Parameter(inner, requires_grad=requires_grad)
+            return made
         with torch.inference_mode(False):  # views of other tensors would be refused
             self: DeviceTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
                 cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,

@@ -297,15 +297,21 @@ class _Rounder:
         block, prefix = self._filled(index), f"{self.layers.prefix}{index}."
         wo, rule = block.get_submodule(self.last), self._rule(linear_layers(block), prefix)
         self._run(block, EXACT, after=index + 1)
-        run = partial(self._run, block, TEXT_INT4)
         try:
-            round_layers(block, rule, partial(feedback.second_moments, run=run, calls=self.batches))
+            round_layers(block.to("cpu"), rule, partial(self._moments, block))  # NNCF traces with inputs that are there
         except InputError as error:
             raise InputError(f"{prefix}{error}") from None
         state = block.state_dict()
         tensors = {prefix + n: (t if n.endswith(PACKED) else t.half()).cpu() for n, t in state.items()}
         self._carry(index, wo, tensors)
         return tensors
+
+    def _moments(self, block: Any, layers: dict[str, nn.Linear]) -> dict[str, list[torch.Tensor]]:
+        """Return the moments of the inputs of a block's layers, which computes on the device meanwhile."""
+        block.to(self.device)
+        found = feedback.second_moments(layers, partial(self._run, block, TEXT_INT4), self.batches)
+        block.to("cpu")
+        return found
 
     def found(self, index: int, weights: Weights) -> None:
         """Take over a layer that was rounded before."""
@@ -340,7 +346,7 @@ class _Rounder:
         block, prefix = self.blocks[index], f"{self.layers.prefix}{index}."
         numbers = {n: t if n.endswith(PACKED) else t.float() for n, t in tensors.items()}
         block.load_state_dict({n.removeprefix(prefix): t.to(self.device) for n, t in numbers.items()}, assign=True)
-        self._run(block, TEXT_INT4, after=index + 1)
+        self._run(block.to(self.device), TEXT_INT4, after=index + 1)
         replace(block, self.last, wo)
         round_layers(block, {self.last: Precision(8, wo.in_features)})
         self._run(block.to(self.device), TEXT_INT4_WO8, after=index + 1)

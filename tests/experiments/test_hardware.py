@@ -29,7 +29,7 @@ from edgeprune.experiments.hardware.running import attempt
 from edgeprune.report import steps
 from edgeprune.runtimes.coreml import COMPUTE_UNITS
 from edgeprune.runtimes.gpu import Gpu
-from edgeprune.stages import quantize
+from edgeprune.stages import encoders, quantize
 
 DOCS = Path(__file__).parents[2] / "docs"
 ALL = checks("gpu") | checks("mac")
@@ -43,7 +43,7 @@ NOT_HERE = {
     "footprint": "only macOS",
 }
 
-COSTLY = ("feedback", "report", "gates-flux", "tail", "modulation", "velocities", "distillation", "vae")
+COSTLY = ("feedback", "report", "gates-flux", "tail", "modulation", "velocities", "distillation", "lora", "vae")
 """Checks of stages; others try the same parts of the code on the second device, and so do the tests of residency."""
 
 
@@ -68,6 +68,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps, "LEAST", 1)
     monkeypatch.setattr(steps, "MOST", 1)
     monkeypatch.setattr(quantize, "PROMPTS", 2)
+    monkeypatch.setattr(encoders, "PROMPTS", 2)
     monkeypatch.setattr("edgeprune.runtimes.gpu.open_gpu", lambda extra: Gpu(FakeCuda()))
     monkeypatch.setattr("edgeprune.runtimes.trt.first_vendor", lambda: None)
 

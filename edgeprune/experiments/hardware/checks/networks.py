@@ -33,6 +33,13 @@ def tail(place: Place) -> str:
     return _trained(place, "tail", states=6)
 
 
+@check("`distill --train lora:4`: four steps of additions to the weights", seconds=120,
+       needs=(*_NEEDS, "accelerate", "peft"))  # fmt: skip
+def lora(place: Place) -> str:
+    """Train low-rank additions on a few drawn samples."""
+    return _trained(place, "lora", train="lora:4")
+
+
 def _trained(place: Place, name: str, **changes: Any) -> str:
     from edgeprune.planning.options import PlanOptions
     from edgeprune.stages import analyze, distill, plan, prune
@@ -59,7 +66,24 @@ def _trained(place: Place, name: str, **changes: Any) -> str:
     return f"{len(losses)} steps, {losses[-1] if losses else ''}"
 
 
-@check("`cache` with its encoders on cuda", seconds=60, needs=_NEEDS)
+@check("`verify`: text encoders, a step and the VAE against diffusers' own", seconds=60, needs=_NEEDS)
+def verify(place: Place) -> str:
+    """Verify the small SD3."""
+    from edgeprune.common.progress import silent
+    from edgeprune.residency.compute import Compute
+    from edgeprune.sampling.generation import Generation
+    from edgeprune.verify.finding import FAIL
+    from edgeprune.verify.run import run
+    from edgeprune.verify.subject import Subject
+
+    folder = place.small("sd3")
+    findings = run(Subject(folder, Compute(place.device), Generation.load(folder), None, silent))
+    if failed := [f"{f.check} {f.part}: {f.figure} {f.advice}" for f in findings if f.verdict == FAIL]:
+        raise Failed("; ".join(failed))
+    return ", ".join(f"{f.check} {f.part} {f.figure:.2g}" for f in findings if f.figure is not None)
+
+
+@check("`cache` with its encoders on the device", seconds=60, needs=_NEEDS)
 def cache(place: Place) -> str:
     """Encode a few images."""
     import numpy as np
@@ -100,10 +124,10 @@ def metrics(place: Place) -> str:
     from edgeprune.artefact.synth.tiny import _clip_tokenizer
     from edgeprune.metrics import lpips_distance, of_images
     from edgeprune.metrics.clip_model import ImageProcessor
-    from edgeprune.metrics.pretrained import device
+    from edgeprune.metrics.pretrained import placed
 
-    if device().type != place.device.type:
-        raise Failed(f"metrics run on {device()}")
+    if placed("auto").type != place.device.type:
+        raise Failed(f"metrics run on {placed('auto')}")
     folder = place.scratch / "clip"
     narrow = {"num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": 16, "hidden_size": 32}
     text = {"vocab_size": 90, "bos_token_id": 88, "eos_token_id": 89, "pad_token_id": 89, "intermediate_size": 64}

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from edgeprune.experiments.hardware.place import Place, difference
 from edgeprune.experiments.hardware.registry import Failed, check
+
+if TYPE_CHECKING:
+    from edgeprune.stages.workspace import Workspace
 
 _NEEDS = ("diffusers", "transformers", "safetensors")
 _SCORES = 0.02
@@ -71,26 +75,49 @@ def modulation(place: Place) -> str:
 @check("`quantize --calibration feedback`: moments of inputs, their factor and the rounding on the device", seconds=120,
        needs=(*_NEEDS, "nncf"))  # fmt: skip
 def feedback(place: Place) -> str:
-    """Compare the integers with those of the processor: one that differs changes those after it in its row."""
-    import torch
+    """Compare the integers with those of the processor."""
+    from edgeprune.stages import quantize
+    from edgeprune.stages.options import QuantizeOptions
+
+    return _same_bytes(
+        place, "sd3", "transformer_int4", lambda ws: quantize.run(ws, QuantizeOptions(calibration="feedback"))
+    )
+
+
+@check("the INT4 of a T5: moments of inputs, rounding and error, layer by layer on the device", seconds=120,
+       needs=_NEEDS)  # fmt: skip
+def text_int4(place: Place) -> str:
+    """Compare the integers with those of the processor."""
+    from edgeprune.stages import encoders
+
+    return _same_bytes(place, "flux", "text_encoder_2_int4", lambda ws: encoders.run(ws, "int4", 64))
+
+
+def _same_bytes(place: Place, kind: str, subfolder: str, run: Callable[[Workspace], object]) -> str:
+    """Compare INT4 that is made on the device with the processor's: one that differs changes those after it in its row.
+
+    Args:
+        place: where.
+        kind: of the small model, which is pruned first.
+        subfolder: that `run` writes.
+        run: makes INT4.
+    """
     from safetensors.torch import load_file
 
     from edgeprune.planning.options import PlanOptions
-    from edgeprune.stages import plan, prune, quantize
-    from edgeprune.stages.options import QuantizeOptions
+    from edgeprune.stages import plan, prune
 
-    def run(ws: Any) -> dict[str, Any]:
+    found: list[dict[str, Any]] = []
+    for name, device in (("cpu", "cpu"), ("device", None)):
+        ws = place.workspace(place.small(kind), f"{subfolder}-{name}", device=device)
         plan.run(ws, PlanOptions("manual", blocks="1"))
         prune.run(ws)
-        quantize.run(ws, QuantizeOptions(calibration="feedback"))
-        found: dict[str, torch.Tensor] = {}
-        for path in (ws.out / "transformer_int4").glob("*.safetensors"):
-            found |= load_file(path)
-        return {name: tensor for name, tensor in found.items() if name.endswith("_packed")}
-
-    source = place.small("sd3")
-    devices = (("cpu", "cpu"), ("device", None))
-    one, two = (run(place.workspace(source, f"feedback-{n}", device=d)) for n, d in devices)
+        run(ws)
+        tensors = [load_file(path) for path in (ws.out / subfolder).glob("*.safetensors")]
+        found.append({n: t for each in tensors for n, t in each.items() if n.endswith("_packed")})
+    one, two = found
+    if not one or one.keys() != two.keys():
+        raise Failed(f"{subfolder}: found {len(two)} packed tensors, expected {len(one)}, at least 1")
     same = sum(int((one[name] == two[name]).sum()) for name in one) / sum(tensor.numel() for tensor in one.values())
     if same < 0.9:
         raise Failed(f"{same:.1%} of the bytes are the processor's, at least 90% expected")
