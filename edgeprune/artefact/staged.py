@@ -32,7 +32,7 @@ from edgeprune.families.parts import BY_ROW, VAE_QWEN_IMAGE, VAES, tensor_of
 from edgeprune.planning.fit import vae_activations
 from edgeprune.quantization.text import prepare_text_encoder, stored_name
 from edgeprune.residency.by_rows import by_rows
-from edgeprune.residency.compute import Compute
+from edgeprune.residency.compute import Compute, has_bf16
 from edgeprune.residency.streaming import PACKED, Read, fitting, release, stream
 from edgeprune.residency.table import StoredTable
 from edgeprune.sampling.generation import latent_factor, longest_prompt
@@ -62,9 +62,11 @@ def encoder_dtype(folder: Path, name: str, compute: Compute, variant: str | None
     kind = text_encoders(folder)[name]
     weights = part_weights(folder / name, kind, variant)
     assert weights is not None  # `can_stage`
-    dtype = compute.dtype(*weights.kind())
-    # T5-XXL has activations beyond the largest number of float16; Qwen3 is untested in it.
-    return torch.bfloat16 if kind in LONG and dtype == torch.float16 else dtype
+    fits = kind not in LONG  # T5-XXL has activations beyond the largest number of float16; Qwen3 is untested in it
+    dtype = compute.dtype(*weights.kind(), fits_half=fits)
+    if fits or dtype != torch.float16:
+        return dtype
+    return torch.bfloat16 if has_bf16(compute.device) else torch.float32
 
 
 class StagedPipeline:

@@ -60,22 +60,24 @@ class Compute:
             raise InputError(f"--device: found {device!r}, expected one of {found}, which torch finds here")
         return cls(torch.device(device), options.memory, wish)
 
-    def dtype(self, stored: torch.dtype, numbers: int) -> torch.dtype:
+    def dtype(self, stored: torch.dtype, numbers: int, *, fits_half: bool = True) -> torch.dtype:
         """Return the dtype to compute a network in.
 
         Without a wish, that is the dtype of its file, or float32 if the processor cannot multiply that, or if the
-        network is small.
+        network is small. On a GPU without bf16 it is float16 instead of that, or float32.
 
         Args:
             stored: the dtype of its weights in the file.
             numbers: how many weights it has.
+            fits_half: whether float16 may stand in for bf16: its values are not known to exceed that.
         """
         if self.wish is not None:
             return self.wish
         if stored == torch.float32 or is_small(numbers):
             return torch.float32
         if self.device.type != "cpu":
-            return stored
+            stands_in = torch.float16 if fits_half else torch.float32
+            return stored if stored != torch.bfloat16 or has_bf16(self.device) else stands_in
         return torch.bfloat16 if multiplies_bf16() else torch.float32
 
     def collect(self) -> None:
@@ -129,6 +131,14 @@ def _device_memory(device: torch.device) -> tuple[int, int]:
     free, _ = module.mem_get_info(device)
     taken = module.memory_reserved(device)
     return taken, free + taken - module.memory_allocated(device)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Return whether a device computes in bf16 at all; torch would emulate it on a GPU that does not."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        with torch.cuda.device(device):
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type != "mps" or not torch.backends.mps.is_available() or torch.backends.mps.is_macos_or_newer(14, 0)
 
 
 def multiplies_bf16() -> bool:

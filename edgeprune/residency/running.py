@@ -96,7 +96,7 @@ def share_to_run(memory: int, outside: int, block: int) -> int:
 
 def dtype_of(stored: StoredTransformer, compute: Compute) -> torch.dtype:
     """Return the dtype that a transformer computes in."""
-    return compute.dtype(_stored_dtype(stored), stored.numbers)
+    return compute.dtype(_stored_dtype(stored), stored.numbers, fits_half=not stored.family.overflows)
 
 
 def check_room(stored: StoredTransformer, compute: Compute, dtype: torch.dtype | None = None) -> tuple[int, int]:

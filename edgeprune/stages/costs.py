@@ -115,7 +115,7 @@ def evaluation_seconds(family: Family, config: Config, source: Path, generation:
         compute: where it runs.
     """
     numbers = sum(map(math.prod, family.tensor_shapes(config).values()))
-    dtype = compute.dtype(torch.bfloat16, numbers)
+    dtype = compute.dtype(torch.bfloat16, numbers, fits_half=not family.overflows)
     speed = matmul_flops_per_s(dtype=dtype, device=compute.device)
     return flops_per_evaluation(family, config, source, generation) / speed
 

@@ -54,7 +54,7 @@ class Memory:
     @property
     def itemsize(self) -> int:
         """Bytes of a number in the dtype that the transformer computes in."""
-        return self._computed(self.subject.numbers)
+        return self._computed(self.subject.numbers, fits_half=not self.subject.family.overflows)
 
     def encoding(self, prompts: int, *, pooled: bool = False) -> int:
         """While prompts are encoded; see `work.encoding`."""
@@ -151,8 +151,8 @@ class Memory:
     def _sample(self) -> VelocityInputs:
         return sample(self.subject.family, self.subject.config, self.subject.source, self.subject.generation)
 
-    def _computed(self, numbers: int) -> int:
-        return self.compute.dtype(torch.bfloat16, numbers).itemsize
+    def _computed(self, numbers: int, *, fits_half: bool) -> int:
+        return self.compute.dtype(torch.bfloat16, numbers, fits_half=fits_half).itemsize
 
     def _parts(self) -> dict[int | None, list[int]]:
         """Return the weights of each tensor of each block, and under None of those outside."""
@@ -181,7 +181,8 @@ class Memory:
             layer = _LAYER.search(name)
             if name != BY_ROW:
                 parts[layer[1] if layer else ""] += math.prod(shape)
-        outside, computed = parts.pop("", 0), self._computed(sum(map(math.prod, shapes.values())))
+        numbers = sum(map(math.prod, shapes.values()))
+        outside, computed = parts.pop("", 0), self._computed(numbers, fits_half=kind not in LONG)
         is_t5 = kind == T5
         length = self.subject.generation.max_sequence_length if kind in LONG else longest_prompt(self.subject.source)
         wide, narrow = config["d_ff" if is_t5 else "intermediate_size"], config["d_model" if is_t5 else "hidden_size"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import platform
 from pathlib import Path
@@ -13,13 +14,15 @@ import pytest
 import tiny
 import torch
 
+from edgeprune.artefact import staged
 from edgeprune.artefact.loading import open_transformer
 from edgeprune.common import memory, processor
 from edgeprune.common.errors import InputError
 from edgeprune.common.memory import ComputeOptions, allowed, parse_bytes, resident
+from edgeprune.families import family_of, published
 from edgeprune.residency import compute
 from edgeprune.residency.compute import Compute, is_small, multiplies_bf16
-from edgeprune.residency.running import check_room
+from edgeprune.residency.running import check_room, dtype_of
 
 LARGE = 10**9
 CPU = torch.device("cpu")
@@ -81,6 +84,31 @@ def test_the_computed_dtype_is_that_of_the_file_where_it_can_be(monkeypatch: pyt
         assert Compute().dtype(half, LARGE) == Compute().dtype(brain, LARGE) == on_cpu
     assert (cuda.dtype(half, LARGE), cuda.dtype(brain, LARGE), cuda.dtype(full, LARGE)) == (half, brain, full)
     assert is_small(8_000_000) and Compute().dtype(half, 8_000_000) == full
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_a_gpu_without_bf16_computes_in_float16_or_wider(able: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Turing card, on which torch emulates bf16."""
+    seen = list[Any]()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: seen.append(device) or contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or able)
+    half, brain, full, card = torch.float16, torch.bfloat16, torch.float32, torch.device("cuda", 1)
+    cuda = Compute(card)
+    assert cuda.dtype(brain, LARGE) == (brain if able else half) and seen == [card]
+    assert cuda.dtype(brain, LARGE, fits_half=False) == (brain if able else full)
+    assert cuda.dtype(half, LARGE, fits_half=False) == half
+    assert Compute(card, wish=brain).dtype(half, LARGE) == brain
+    weights = SimpleNamespace(shapes={"x.weight": (LARGE,)}, dtype=lambda name: brain, kind=lambda: (brain, LARGE))
+    for name, expected in (("sd3.5-large", half), ("z-image-turbo", full)):
+        stored: Any = SimpleNamespace(family=family_of(published.transformers()[name], name), weights=weights)
+        assert dtype_of(stored, cuda) == (brain if able else expected)
+    monkeypatch.setattr(staged, "part_weights", lambda *_: weights)
+    monkeypatch.setattr(staged, "text_encoders", lambda _: {"clip": "CLIPTextModel", "t5": "T5EncoderModel"})
+    for name, expected in (("clip", half), ("t5", full)):
+        assert staged.encoder_dtype(Path(), name, cuda) == (brain if able else expected)
+    asked = Compute(card, wish=half)  # a T5 does not fit it
+    assert staged.encoder_dtype(Path(), "t5", asked) == (brain if able else full)
 
 
 def test_devices_are_those_that_torch_finds(monkeypatch: pytest.MonkeyPatch) -> None:
