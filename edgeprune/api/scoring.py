@@ -100,7 +100,7 @@ def score(
         height: pixels of a reference's images; None for its own, as for the next two.
         width: pixels of a reference's images.
         guidance_scale: of a reference.
-        device: where torch draws: auto, cpu, cuda, cuda:1, mps or xpu; metrics choose as auto does.
+        device: where torch draws, and where metrics' own networks compute: auto, cpu, cuda, cuda:1, mps or xpu.
         memory: most bytes of the process, with torch on a GPU of the GPU; None takes most of what is free.
         longest_s: refuse drawing that takes torch at least so many seconds; None takes any time. Other runtimes, and
             metrics, do not count.
@@ -124,7 +124,7 @@ def score(
     from edgeprune.common.files import read_json, sha256_file
     from edgeprune.common.memory import ComputeOptions
     from edgeprune.data.imagefolder import is_images
-    from edgeprune.metrics import scoring
+    from edgeprune.metrics import KNOWN, scoring
     from edgeprune.runtimes import RUNTIMES
 
     paths = dict(weights or {})
@@ -135,12 +135,13 @@ def score(
     ready = [path for path in places.values() if is_images(path)]
     if ready and (prompts or per_task or seeds > 1):
         raise InputError(f"{ready[0]} already has prompts; omit --prompts, --per-task and --seeds")
+    computed = any(KNOWN[name].computes for name in metrics)
     if len(ready) == len(models):
-        for option in ["--device"] * (device != "auto") + ["--memory"] * (memory is not None):
+        for option in ["--device"] * (device != "auto" and not computed) + ["--memory"] * (memory is not None):
             progress(f"{option}: no image is drawn, so it is not used")
     drawn = {name: place for name, place in places.items() if place not in ready}
     chosen = _runtimes(drawn, runtime)
-    loading = _loading(chosen, device, memory)
+    loading = _loading(chosen, device, memory, computed=computed)
     of_references = {"height": height, "width": width, "guidance_scale": guidance_scale}
     of_references = {option: value for option, value in of_references.items() if value is not None}
     if of_references and PIPELINE not in chosen.values():
@@ -171,7 +172,21 @@ def score(
         _check_time(in_torch, sizes, len(wishes), None if ready else seeds, steps, out, compute, progress)
     settings = {name: of_references if chosen[name] == PIPELINE else sizes[name] for name in drawn}
     scores = _drawn_and_scored(
-        places, ready, settings, wishes, metrics, paths, world, runtime, steps, loading, own, out, progress, variant
+        places,
+        ready,
+        settings,
+        wishes,
+        metrics,
+        paths,
+        world,
+        runtime,
+        steps,
+        loading,
+        own,
+        out,
+        progress,
+        variant,
+        device,
     )
     return Scored(
         scores=tuple(scores),
@@ -304,19 +319,20 @@ def _check_time(
         check("score", now, ways, compute, progress)
 
 
-def _loading(names: Mapping[str, str], device: str, memory: int | None) -> dict[str, dict[str, Any]]:
+def _loading(names: Mapping[str, str], device: str, memory: int | None, *, computed: bool) -> dict[str, dict[str, Any]]:
     """Return the options of `runtimes.load` that say where each model is drawn and in how much memory.
 
     Args:
         names: the runtime that draws with each model.
         device: see `score`.
         memory: see `score`.
+        computed: whether a metric computes in torch.
 
     Raises:
-        InputError: torch does not find the device, or draws none of them.
+        InputError: torch does not find the device, or neither draws nor scores.
     """
     in_torch = {name: TORCH if chosen == PIPELINE else chosen for name, chosen in names.items()}
-    torch = torch_options(device, list(in_torch.values())) if names else {}
+    torch = torch_options(device, [*in_torch.values(), *[TORCH] * computed]) if names or computed else {}
     given = {} if memory is None else {"memory": memory}
     return {name: given | torch.get(chosen, {}) for name, chosen in in_torch.items()}
 
@@ -364,6 +380,7 @@ def _drawn_and_scored(
     out: AnyPath | None,
     progress: Progress,
     variant: str | None,
+    device: str,
 ) -> list[Score]:
     """Draw the images that do not exist yet, and score all."""
     from edgeprune.data.imagefolder import read_samples
@@ -383,7 +400,7 @@ def _drawn_and_scored(
                 folders[name] = kept / name
         samples = {name: read_samples(folder) for name, folder in folders.items()}
         return scoring.score(
-            samples["images"], metrics, against=samples.get("original"), weights=weights, world=world,
+            samples["images"], metrics, against=samples.get("original"), weights=weights, world=world, device=device,
             progress=progress,
         )  # fmt: skip
 

@@ -38,7 +38,7 @@ TorchDevice = Annotated[
     typer.Option(
         "--device",
         metavar="auto|cpu|cuda[:N]|mps|xpu",
-        help="Where models that run in torch compute; other runtimes, and metrics, choose by themselves. auto takes a "
+        help="Where models and metrics that run in torch compute; other runtimes choose by themselves. auto takes a "
         "GPU that torch finds, else the processor.",
         rich_help_panel=MEMORY,
     ),

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from edgeprune.cli import choices, options, screen
+from edgeprune.cli import choices, limits, options, screen
 from edgeprune.common.errors import InputError
 from edgeprune.common.terminal import printable
 
@@ -82,14 +82,17 @@ def new(
     ] = None,
     checks: Annotated[int, typer.Option(min=0, help="Number of attention checks of one rater.")] = 2,
     seed: Annotated[int, typer.Option(help="Seed of the random order.")] = 0,
+    device: limits.Device = "auto",
+    memory: limits.Memory = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Create a study from folders of images, one per variant."""
     from edgeprune.user_study.make import make
 
+    compute = limits.compute_options(device, memory) if device != "auto" or memory else None
     made = make(
         folder, _variants([*(variants or []), *(more or [])]), prompts=prompts, mode=mode, title=title,
-        per_rater=per_rater, checks=checks, seed=seed,
+        per_rater=per_rater, checks=checks, seed=seed, compute=compute,
     )  # fmt: skip
     screen.say(
         f"{folder}: {len(made.prompts)} prompts, {len(made.variants)} variants, original: {made.variants[0]}; "

@@ -61,7 +61,7 @@ def score(
         reference = drawer.reference
     denoiser = reference.parts[reference.denoiser]
     return {
-        "scores": of_images(metric, weights or {}).score(images, list(prompts), None),
+        "scores": of_images(metric, weights or {}, str(compute.device)).score(images, list(prompts), None),
         "pipeline": reference.pipeline,
         "bytes": denoiser.stored_bytes,
         "disk_bytes": reference.disk_bytes,

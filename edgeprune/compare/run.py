@@ -280,7 +280,10 @@ def compare(
         _check(base, left, metric, len(prompts), out, progress)
     if grid.reads_contributions:
         run_analyze(base, grid.analyze, progress)
-    scorer = of_pipeline(metric, base.pipe, base.generation, prompts, weights, split=split, world=base.world)
+    scorer = of_pipeline(
+        metric, base.pipe, base.generation, prompts, weights, split=split, world=base.world,
+        device=str(base.original.compute.device),
+    )  # fmt: skip
     once("original", {"generation": base.generation.to_json()}, lambda: {"scores": scorer.score(), "bytes": before})
     for index, run in enumerate(runs):
         progress("compare", index, len(runs), f"{run.row.name}, seed {run.seed}")

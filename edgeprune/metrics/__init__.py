@@ -47,6 +47,11 @@ class Known:
     own_prompts: bool = False
     """It has prompts of its own, see `tasks_of`; others take any prompt."""
 
+    @property
+    def computes(self) -> bool:
+        """Whether it has networks, which run in torch."""
+        return "torch" in self.packages
+
 
 _TORCH, _TRANSFORMERS = ("torch",), ("torch", "transformers")
 KNOWN = {
@@ -96,8 +101,8 @@ class Tasks(Protocol):
 class ImageMetric(Protocol):
     """Scores images, given their prompts."""
 
-    def __init__(self, weights: Mapping[str, str]) -> None:
-        """Load the metric; `weights` has at least the names listed in KNOWN."""
+    def __init__(self, weights: Mapping[str, str], device: str) -> None:
+        """Load the metric; `weights` has at least the names listed in KNOWN, networks go to `device`."""
 
     def score(self, images: Images, prompts: Sequence[str], originals: Images | None) -> list[float]:
         """Return one value per image. Paired metrics need `originals`."""
@@ -145,15 +150,20 @@ def parse_weights(given: Sequence[str]) -> dict[str, str]:
     return out
 
 
-def of_images(name: str, weights: Mapping[str, str]) -> ImageMetric:
+def of_images(name: str, weights: Mapping[str, str], device: str = "auto") -> ImageMetric:
     """Load an image metric.
+
+    Args:
+        name: one of KNOWN.
+        weights: paths by name.
+        device: where its networks compute, if it has any: auto, cpu, cuda, cuda:1, mps or xpu.
 
     Raises:
         InputError: the name is unknown, or weights are missing or not usable.
         MissingExtraError: a package that it imports is not installed.
     """
     known = require(name, weights)
-    metric: ImageMetric = importlib.import_module(f"{__name__}.{known.module}").METRIC(weights)
+    metric: ImageMetric = importlib.import_module(f"{__name__}.{known.module}").METRIC(weights, device)
     return metric
 
 
@@ -209,6 +219,7 @@ def of_pipeline(
     *,
     split: Split,
     world: World | None = None,
+    device: str = "auto",
     compares: bool = True,
     spill: Spill | None = None,
     progress: Progress = silent,
@@ -217,6 +228,7 @@ def of_pipeline(
 
     Args:
         world: that the model draws, see `tasks_of`.
+        device: where an image metric's own networks compute; velocity runs where the pipeline is.
         compares: whether `score` will be called; without it, velocity measures only its trajectories.
         spill: keeps the states of velocity's trajectories, so that a run after a kill goes on with them.
         progress: called after each step of those.
@@ -233,7 +245,7 @@ def of_pipeline(
         return VelocityError(pipe, generation, prompts, split=split, compares=compares, spill=spill, progress=progress)
     from edgeprune.metrics.drawn import Drawn
 
-    return Drawn(name, of_images(name, weights), pipe, generation, prompts, split=split)
+    return Drawn(name, of_images(name, weights, device), pipe, generation, prompts, split=split)
 
 
 def evaluations(name: str, generation: Generation, prompts: int, by_step: Callable[[int], list[int]]) -> int:

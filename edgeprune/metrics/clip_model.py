@@ -41,10 +41,11 @@ class Clip:
     Args:
         source: a folder or hub id.
         name: the name of the weights in --weights.
+        device: see `placed`.
     """
 
-    def __init__(self, source: str, name: str) -> None:
-        self.model = load(CLIPModel, source, name)
+    def __init__(self, source: str, name: str, device: str = "auto") -> None:
+        self.model = load(CLIPModel, source, name, device)
         self.tokenizer = load(CLIPTokenizer, source, name)
         self.processor = load(ImageProcessor, source, name)
 

@@ -15,8 +15,8 @@ from edgeprune.metrics.clip_model import Clip
 class ClipScore:
     """CLIPScore; needs the weights `clip`."""
 
-    def __init__(self, weights: Mapping[str, str]) -> None:
-        self.clip = Clip(weights["clip"], "clip")
+    def __init__(self, weights: Mapping[str, str], device: str) -> None:
+        self.clip = Clip(weights["clip"], "clip", device)
 
     def score(self, images: Images, prompts: Sequence[str], originals: Images | None) -> list[float]:
         """Return 0 to 100 per image."""

@@ -37,9 +37,9 @@ _GREY = 0x99
 class GenEval:
     """GenEval; needs the weights `geneval` (detector) and `clip` (colours)."""
 
-    def __init__(self, weights: Mapping[str, str]) -> None:
+    def __init__(self, weights: Mapping[str, str], device: str) -> None:
         source = weights["geneval"]
-        self.detector = load(Mask2FormerForUniversalSegmentation, source, "geneval")
+        self.detector = load(Mask2FormerForUniversalSegmentation, source, "geneval", device)
         self.processor = load(ImageProcessor, source, "geneval")
         labels = self.detector.config.id2label
         ends = [str(labels.get(i)) for i in (0, len(NAMES) - 1)]
@@ -48,7 +48,7 @@ class GenEval:
                 f"--weights geneval={source}: found {len(labels)} classes from {ends[0]!r} to {ends[1]!r}, "
                 f"expected COCO's {len(NAMES)} from {NAMES[0]!r} to {NAMES[-1]!r}"
             )
-        self.clip = Clip(weights["clip"], "clip")
+        self.clip = Clip(weights["clip"], "clip", device)
         self._shades: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()

@@ -34,8 +34,8 @@ def padded(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
 class Hps:
     """HPS v2.1; needs the weights `hpsv2`."""
 
-    def __init__(self, weights: Mapping[str, str]) -> None:
-        self.clip = Clip(weights["hpsv2"], "hpsv2")
+    def __init__(self, weights: Mapping[str, str], device: str) -> None:
+        self.clip = Clip(weights["hpsv2"], "hpsv2", device)
 
     def score(self, images: Images, prompts: Sequence[str], originals: Images | None) -> list[float]:
         """Return about 20 to 35 per image."""

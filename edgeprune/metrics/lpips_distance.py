@@ -23,7 +23,7 @@ with needs("lpips"):
     from safetensors.torch import load_file
     from torch.nn import functional
 
-from edgeprune.metrics.pretrained import device
+from edgeprune.metrics.pretrained import placed
 
 # AlexNet's convolutions as lpips names them: shape, stride, padding, and whether 3x3 max pooling comes before.
 _LAYERS = {
@@ -48,7 +48,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
 class Lpips:
     """LPIPS; needs the weights `lpips`."""
 
-    def __init__(self, weights: Mapping[str, str]) -> None:
+    def __init__(self, weights: Mapping[str, str], device: str) -> None:
         path = Path(weights["lpips"])
         where = f"--weights lpips={path}"
         try:
@@ -61,7 +61,8 @@ class Lpips:
             found = tuple(state[name].shape) if name in state else "nothing"
             if found != shape:
                 raise InputError(f"{where}: {name}: found {found}, expected {shape}")
-        self.state = {name: state[name].float().to(device()) for name in shapes()}
+        self.device = placed(device)
+        self.state = {name: state[name].float().to(self.device) for name in shapes()}
 
     def _features(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Return each layer's features of images (B, 3, H, W) in -1..1; each pixel's vector has length 1."""
@@ -83,7 +84,7 @@ class Lpips:
         if min(first.shape[:2]) < _SMALLEST:
             found = f"{first.shape[1]}x{first.shape[0]}"
             raise InputError(f"--metric lpips: found an image of {found}, expected at least {_SMALLEST} pixels a side")
-        pixels = torch.from_numpy(np.stack([first, other])).to(device()).permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels = torch.from_numpy(np.stack([first, other])).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
         total = 0.0
         for index, (a, b) in enumerate(f.split(1) for f in self._features(pixels)):
             weighed = functional.conv2d((a - b).square(), self.state[f"lin{index}.model.1.weight"])

@@ -17,18 +17,23 @@ from edgeprune.common.memory import ComputeOptions
 from edgeprune.residency.compute import Compute
 
 
-def device() -> torch.device:
-    """Return the device for metrics: the one that `--device auto` means."""
-    return Compute.of(ComputeOptions()).device
+def placed(device: str) -> torch.device:
+    """Return the device that `--device` means: auto, cpu, cuda, cuda:1, mps or xpu.
+
+    Raises:
+        InputError: torch does not find it.
+    """
+    return Compute.of(ComputeOptions(device)).device
 
 
-def load(kind: Any, source: str, name: str, **options: Any) -> Any:
-    """Load with `kind.from_pretrained`: a model in evaluation mode on `device()`, or a processor or tokenizer.
+def load(kind: Any, source: str, name: str, device: str = "auto", **options: Any) -> Any:
+    """Load with `kind.from_pretrained`: a model in evaluation mode on a device, or a processor or tokenizer.
 
     Args:
         kind: a class of transformers.
         source: a folder or hub id.
         name: the name of the weights in --weights.
+        device: of a model, see `placed`.
         **options: passed to `from_pretrained`.
 
     Raises:
@@ -51,4 +56,4 @@ def load(kind: Any, source: str, name: str, **options: Any) -> Any:
     network, info = loaded
     if lacking := sorted(info["missing_keys"]):
         raise InputError(f"{where}: {len(lacking)} weights of {kind.__name__} are not there, such as {lacking[0]}")
-    return network.eval().to(device())
+    return network.eval().to(placed(device))

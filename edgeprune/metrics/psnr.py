@@ -28,7 +28,7 @@ def mean_decibels(first: Images, other: Images) -> float:
 class Psnr:
     """PSNR; needs no weights."""
 
-    def __init__(self, weights: Mapping[str, str]) -> None:
+    def __init__(self, weights: Mapping[str, str], device: str) -> None:
         pass
 
     def score(self, images: Images, prompts: Sequence[str], originals: Images | None) -> list[float]:

@@ -222,6 +222,7 @@ def score(
     against: Sequence[Sample] | None = None,
     weights: Mapping[str, str] | None = None,
     world: World | None = None,
+    device: str = "auto",
     progress: Progress = silent,
 ) -> list[Score]:
     """Score images by each metric.
@@ -232,6 +233,7 @@ def score(
         against: the original's images of the same prompts and seeds.
         weights: the metrics' weights by name, see metrics.KNOWN.
         world: that the model draws, see `metrics.tasks_of`.
+        device: where the metrics' networks compute.
         progress: called after each batch.
 
     Raises:
@@ -246,7 +248,7 @@ def score(
     texts = list(dict.fromkeys(s.text for s in samples))
     out = []
     for name in names:
-        known, metric = metrics.KNOWN[name], metrics.of_images(name, weights)
+        known, metric = metrics.KNOWN[name], metrics.of_images(name, weights, device)
         own = metrics.tasks_of(name, world)
         tasks = [own.parse(text).task for text in texts] if own else None
         values = _by_prompt(metric, samples, against if known.paired else None, texts, name, progress)

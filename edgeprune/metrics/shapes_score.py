@@ -12,7 +12,7 @@ from edgeprune.metrics import Images
 class ShapesScore:
     """The shapes-world score; needs no weights."""
 
-    def __init__(self, weights: Mapping[str, str]) -> None:
+    def __init__(self, weights: Mapping[str, str], device: str) -> None:
         pass
 
     def score(self, images: Images, prompts: Sequence[str], originals: Images | None) -> list[float]:

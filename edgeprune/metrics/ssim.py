@@ -48,7 +48,7 @@ def ssim(first: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
 class Ssim:
     """SSIM; needs no weights."""
 
-    def __init__(self, weights: Mapping[str, str]) -> None:
+    def __init__(self, weights: Mapping[str, str], device: str) -> None:
         pass
 
     def score(self, images: Images, prompts: Sequence[str], originals: Images | None) -> list[float]:

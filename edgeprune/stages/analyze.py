@@ -76,7 +76,7 @@ def run(ws: Workspace, options: AnalyzeOptions, progress: Progress = silent) -> 
         spill.need(_kept_bytes(ws, options, len(prompts)))
         metric = of_pipeline(
             options.metric, ws.pipe, images, prompts, options.weights, split=Split.ANALYSIS,
-            world=ws.world, compares=estimator_class.compares, spill=spill,
+            world=ws.world, device=str(ws.original.compute.device), compares=estimator_class.compares, spill=spill,
             progress=lambda what, *parts: progress(f"analyze: {what}", *parts),
         )  # fmt: skip
         estimator = estimator_class(ws.family, metric, modulation_mean(ws, prompts))

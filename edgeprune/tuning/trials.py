@@ -143,8 +143,9 @@ class Trials:
         figures: dict[str, Any] = {PAIRED: paired.values}
         if self.metric:
             (alone,) = scoring.score(
-                samples, [self.metric], weights=self.weights, world=self.world, progress=self.progress
-            )
+                samples, [self.metric], weights=self.weights, world=self.world,
+                device=self.loading.get("device", "auto"), progress=self.progress,
+            )  # fmt: skip
             figures["score"] = alone.values
         shutil.rmtree(self._images / name)
         return figures

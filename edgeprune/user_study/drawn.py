@@ -8,6 +8,7 @@ from pathlib import Path
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import parse_json
 from edgeprune.common.images import open_image
+from edgeprune.common.memory import ComputeOptions
 from edgeprune.common.progress import Progress
 from edgeprune.common.splits import Split
 from edgeprune.common.texts import lines_of, read_text
@@ -20,6 +21,7 @@ def draw(
     originals: Mapping[str, Path],
     prompts: Sequence[str],
     folder: Path,
+    compute: ComputeOptions,
     progress: Progress,
 ) -> None:
     """Draw an image for each of the original's, under its name.
@@ -30,10 +32,11 @@ def draw(
         originals: the original's images by name.
         prompts: one for each, in the order of names.
         folder: the original's.
+        compute: where the reference draws, and in how much memory.
         progress: called after each image.
 
     Raises:
-        InputError: the reference cannot be drawn with, or not at this size.
+        InputError: the reference cannot be drawn with, or not at this size or in so much memory.
         MissingExtraError: torch or diffusers is not installed.
     """
     from edgeprune.runtimes import RUNTIMES
@@ -45,7 +48,7 @@ def draw(
     seeds = [known.get(name, Split.HELD_OUT.seed(place)) for place, name in enumerate(names)]
     width, height = open_image(originals[names[0]]).size
     out.mkdir(parents=True)
-    with open_drawer(reference) as drawer:
+    with open_drawer(reference, device=compute.device, memory=compute.memory) as drawer:
         images = drawer.draw(prompts, seeds, height=height, width=width)
         for done, (name, image) in enumerate(zip(names, images, strict=True), 1):
             image.save(out / f"{name}.png")

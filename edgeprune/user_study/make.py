@@ -15,6 +15,7 @@ from pathlib import Path
 from edgeprune.common.errors import InputError
 from edgeprune.common.files import cannot_write, parse_json, write_json
 from edgeprune.common.images import open_image
+from edgeprune.common.memory import ComputeOptions
 from edgeprune.common.progress import Progress, silent
 from edgeprune.common.texts import lines_of, read_text
 from edgeprune.reference import is_reference
@@ -37,6 +38,7 @@ def make(
     per_rater: int | None = None,
     checks: int = 2,
     seed: int = 0,
+    compute: ComputeOptions | None = None,
     progress: Progress = silent,
 ) -> Study:
     """Write a study to `folder`.
@@ -51,10 +53,12 @@ def make(
         per_rater: trials of one rater, who gets a part of all if there are more; by default at most 60.
         checks: attention checks of one rater.
         seed: of the random order.
+        compute: where references draw, and in how much memory; None takes what this machine has.
         progress: receives what is done, how much of it, and of how much.
 
     Raises:
-        InputError: the arguments or images do not fit together; `folder` stays as it was.
+        InputError: the arguments or images do not fit together, or `compute` is given and no reference draws; `folder`
+            stays as it was.
     """
     if mode not in MODES:
         raise InputError(f"--mode: found {mode!r}, expected {' or '.join(MODES)}")
@@ -63,6 +67,8 @@ def make(
     if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - {_UNFINISHED}):
         raise InputError(f"{folder}: exists already; a new study needs a new folder")
     foreign = {name: source for name, source in variants.items() if is_reference(source)}
+    if compute is not None and not foreign:
+        raise InputError("--device, --memory: are about references, and all variants are images; omit them")
     original = check_variant(next(iter(variants)))
     if original in foreign:
         raise InputError(f"--variants {original}={variants[original]}: expected images, the original's")
@@ -90,7 +96,8 @@ def make(
     )
     with tempfile.TemporaryDirectory(prefix="edgeprune-study-") as scratch:
         for name, source in foreign.items():
-            draw(source, Path(scratch, name), images[original], texts, variants[original], progress)
+            place = compute or ComputeOptions()
+            draw(source, Path(scratch, name), images[original], texts, variants[original], place, progress)
             images[name] = _images(Path(scratch, name))
         _write(folder, study, {name: images[name] for name in study.variants}, progress)
     return study

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from edgeprune import api
+from edgeprune import api, metrics
 from edgeprune.api.scoring import _check_memory
 from edgeprune.bench import run as bench_run
 from edgeprune.common.errors import InputError
+from edgeprune.common.memory import ComputeOptions
 from edgeprune.metrics import scoring
 from edgeprune.runtimes import Runtime
 from edgeprune.sampling.generation import Generation
@@ -131,3 +134,30 @@ def test_generate_refuses_an_option_before_anything_is_opened(exported: Path) ->
         api.generate(exported, "x", runtime="openvino", options={"provider": "cpu"})
     with pytest.raises(InputError, match="--option threads: found 'all', expected a whole number"):
         api.generate(exported, "x", runtime="ort", options={"threads": "all"})
+
+
+def test_metrics_compute_there(source: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those with networks: of images that exist, of an export's, and where `analyze` scores images."""
+    asked = list[tuple[str, str]]()
+
+    def of_images(name: str, weights: dict[str, str], device: str = "auto") -> None:
+        asked.append((name, device))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(metrics, "of_images", of_images)
+    (images := tmp_path / "images").mkdir()
+    Image.new("RGB", (64, 64)).save(images / "a.png")
+    (images / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "a"}) + "\n")
+    lines, weights = list[str](), {"clip": "clip", "lpips": "lpips"}
+    monkeypatch.setattr(scoring, "draw", lambda place, out, *_, **__: shutil.copytree(images, out))
+    monkeypatch.setattr("edgeprune.api.scoring._check_drawn", lambda *_: None)
+    for folder, runtime in ((images, None), (exported, "ort")):
+        with pytest.raises(KeyboardInterrupt):
+            api.score(
+                folder, ["clip"], weights=weights, runtime=runtime, device="cpu",
+                progress=lambda what, *_: lines.append(what),
+            )  # fmt: skip
+    options = api.AnalyzeOptions(metric="lpips", weights=weights, count=1)
+    with pytest.raises(KeyboardInterrupt):
+        api.analyze(source, tmp_path / "out", options, compute=ComputeOptions("cpu"))
+    assert asked == [("clip", "cpu"), ("clip", "cpu"), ("lpips", "cpu")] and not any("not used" in x for x in lines)

@@ -260,13 +260,13 @@ def save_detector(folder: Path, labels: Sequence[str]) -> Path:
 @pytest.fixture(scope="module")
 def judge(clip_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> geneval.GenEval:
     detector = save_detector(tmp_path_factory.mktemp("detector"), NAMES)
-    return geneval.GenEval({"geneval": str(detector), "clip": str(clip_folder)})
+    return geneval.GenEval({"geneval": str(detector), "clip": str(clip_folder)}, "cpu")
 
 
 def test_a_detector_of_other_classes_is_refused(clip_folder: Path, tmp_path: Path) -> None:
     save_detector(tmp_path, ["cat", "dog"])
     with pytest.raises(InputError, match="found 2 classes from 'cat'"):
-        geneval.GenEval({"geneval": str(tmp_path), "clip": str(clip_folder)})
+        geneval.GenEval({"geneval": str(tmp_path), "clip": str(clip_folder)}, "cpu")
 
 
 def test_random_weights_see_nothing(judge: geneval.GenEval) -> None:
@@ -380,6 +380,17 @@ def test_analyze_asks_any_metric_higher_is_better(
     assert metrics.evaluations(name, Generation(4, 3.0, 64, 64, 0), 2, lambda steps: [2] * steps) == 16
 
 
-def test_metrics_take_the_device_that_everything_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_networks_of_metrics_go_where_they_are_asked_to(
+    alexnet: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a wish, to the device that everything takes, which computes nothing here."""
     monkeypatch.setattr("edgeprune.residency.compute._here", lambda: {"xpu": 1, "cpu": 1})
-    assert pretrained.device() == torch.device("xpu")
+    assert pretrained.placed("auto") == torch.device("xpu") and pretrained.placed("cpu") == torch.device("cpu")
+    weights = {"lpips": str(alexnet), "clip": str(clip_folder), "hpsv2": str(clip_folder)}
+    images = [pair(64, 64)[0]]
+    for name in weights:
+        assert len(metrics.of_images(name, weights, "cpu").score(images, ["a red circle"], images)) == 1
+        with pytest.raises((RuntimeError, AssertionError)):
+            metrics.of_images(name, weights)
+    with pytest.raises(InputError, match="--device: found 'cuda', expected one of auto, xpu, cpu"):
+        metrics.of_images("lpips", weights, "cuda")

@@ -152,6 +152,11 @@ def test_study(chroma: Path, tmp_path: Path) -> None:
         expected = list(drawer.draw(["two red circles", "a blue square"], [7, 8], height=32, width=48))
     found = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "s" / "images" / "other").iterdir())]
     assert len(found) == 2 and all((a == np.asarray(b)).all() for a, b in zip(found, expected, strict=True))
+    said = [str(words[2]) + "-2", *words[3:-1]]
+    assert "is read whole: give more --memory" in refused("study", "new", *said, "--memory", "1MB")
+    assert "--device: found 'cuda:77'" in refused("study", "new", *said, "--device", "cuda:77")
+    alone = ("--variants", f"original={tmp_path / 'a'}", f"other={tmp_path / 'a'}", "--device", "cpu")
+    assert "are about references, and all variants are images" in refused("study", "new", tmp_path / "t", *alone)
     swapped = ("--variants", f"original={chroma}", f"other={tmp_path / 'a'}")
     assert "expected images, the original's" in refused("study", "new", tmp_path / "t", *swapped)
 
