@@ -100,10 +100,12 @@ REFUSED = (
     *(f"{verb} . -o out" for verb in ("compress", "analyze", "compare", "cache captions --model")),
     *(f"{verb} -o out --memory lots" for verb in ("compress", "analyze", "score {model} --metric shapes")),
     *(f"{verb} -o out --time soon" for verb in ("compress", "analyze")),
-    *(f"{verb} -o {{begun}} --memory lots" for verb in ("plan", "quantize", "report")),
-    *(f"{verb} -o {{begun}} --time soon" for verb in ("distill", "quantize", "report")),
+    *(f"{verb} -o {{begun}} --memory lots" for verb in ("plan", "distill", "quantize", "report")),
+    *(f"{verb} -o {{begun}} --time soon" for verb in ("plan", "distill", "quantize", "report")),
     *(f"{verb} -o none" for verb in ("plan", "prune", "distill", "quantize", "report")),
-    *(f"verify {rest}" for rest in (".", "--memory lots")),
+    *(f"verify {rest}" for rest in (".", "--memory lots", "--time soon")),
+    *(f"lora x --model {{begun}} -o y --merge {rest}" for rest in ("--memory lots", "--time soon")),
+    "study new s --variants a=a b=b --memory lots",
 )
 
 
