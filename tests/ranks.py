@@ -177,6 +177,7 @@ def main(folder: Path) -> None:
     train(folder, "ddp")
     train(folder, "resumed", until=3)
     train(folder, "resumed")
+    train(folder, "tail", from_states=True)
     as_large()
     shard()
     train(folder, "sharded")
@@ -186,7 +187,6 @@ def more(folder: Path) -> None:
     """Do what the slow tests look at."""
     train(folder, "accumulated", accumulate=2)
     train(folder, "prefix", int4_group_size=None)
-    train(folder, "tail", from_states=True)
     train(folder, "fresh_blocks", freeze_prefix=False)
     train(folder, "taken_over")  # from a state that one process saved
     as_large()

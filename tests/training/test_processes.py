@@ -54,6 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the results of one process and of two."""
     out = tmp_path_factory.mktemp("ranks")
     ranks.train(out, "one")
+    ranks.train(out, "one_tail", from_states=True)
     tiny_pipeline(out / "model")
     ranks.analyze(out, "whole")
     ranks.analyze(out, "begun", until=2)
@@ -66,7 +67,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def more(folder: Path) -> Path:
     """Add the results that slow tests look at."""
     ranks.train(folder, "one_prefix", int4_group_size=None)
-    ranks.train(folder, "one_tail", from_states=True)
     ranks.train(folder, "one_int8", teacher_precision="int8")
     ranks.train(folder, "one_fresh_blocks", freeze_prefix=False)
     ranks.train(folder, "taken_over", until=3)
@@ -74,10 +74,9 @@ def more(folder: Path) -> Path:
     return folder
 
 
-SAME = [("ddp", "one"), ("resumed", "one"), ("sharded", "one")]
+SAME = [("ddp", "one"), ("resumed", "one"), ("tail", "one_tail"), ("sharded", "one")]
 MORE = [
     ("accumulated", "one"),
-    ("tail", "one_tail"),
     ("sharded_prefix", "one_prefix"),
     ("ddp_large", "one"),
     ("fresh_blocks", "one_fresh_blocks"),
