@@ -11,13 +11,15 @@ from typing import Any
 
 import onnx
 import pytest
+import stored
 import torch
+import traced
 from loras import pair
 from safetensors.torch import load_file, save_file
 from tiny import KINDS, config_of, tiny_flux_pipeline, tiny_pipeline, tiny_step, tiny_velocity
 from typer.testing import CliRunner
 
-from edgeprune import api
+from edgeprune import api, targets
 from edgeprune.api import preset
 from edgeprune.artefact.loading import load_transformer
 from edgeprune.artefact.surgery import prune, structure
@@ -25,7 +27,7 @@ from edgeprune.cli import app
 from edgeprune.cli.plan import plan_rows
 from edgeprune.common.errors import InputError
 from edgeprune.common.splits import Split
-from edgeprune.export import parity, to_onnx
+from edgeprune.export import parity, to_coreml, to_onnx, to_openvino
 from edgeprune.families import CHANGED, family_of
 from edgeprune.families.stand_in import StandIn
 from edgeprune.metrics.velocity import VelocityError
@@ -285,6 +287,28 @@ def test_an_export_has_them(artefact: Path, tmp_path: Path) -> None:
     module, opened = source.checkpoint(), parity.session(path)
     parity.check(source.name, opened, module, source.examples, list(module.outputs))
     assert any(".stand_in." in weight.name for weight in onnx.load(path, load_external_data=False).graph.initializer)
+
+
+@pytest.mark.slow  # test_an_export_has_them is the quick twin
+@pytest.mark.filterwarnings("ignore")  # vendors' deprecations
+@pytest.mark.parametrize("fmt", ["openvino", "coreml"])
+def test_other_formats_have_them(artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fmt: str) -> None:
+    """Each export is compared with torch before it is complete."""
+    packed, convert = list(stored.of_checkpoint(artefact)), to_coreml.convert_network
+    monkeypatch.setattr(
+        to_coreml,
+        "convert_network",
+        lambda name, *of, **how: convert(name, *of, **how) if name == "transformer" else {},
+    )
+    traced.only(monkeypatch, "transformer")
+    if fmt == "coreml":
+        record = to_coreml.export(artefact, tmp_path / fmt, device=targets.load("macbook-m"))
+        found = stored.of_coreml(tmp_path / fmt / "transformer" / "model.mlpackage", packed)
+    else:
+        record = to_openvino.export(artefact, tmp_path / fmt, device=targets.load("cpu-x86"))
+        found = stored.of_openvino(tmp_path / fmt / "transformer" / "openvino_model.xml")
+    assert record["parity"]["transformer"]["max_relative"] < 1e-3
+    assert found.keys() == set(packed) and any(".stand_in." in name for name in found)
 
 
 def test_a_second_run_makes_up_for_what_the_first_leaves(tmp_path: Path) -> None:
