@@ -37,16 +37,17 @@ from edgeprune.export import to_onnx, unfinished
 from edgeprune.planning.options import PlanOptions
 from edgeprune.residency import shards
 from edgeprune.sampling.generation import Generation
-from edgeprune.stages import analyze, distill, plan, prune, quantize
+from edgeprune.stages import analyze, distill, plan, prune, quantize, states, tail
 from edgeprune.stages.options import AnalyzeOptions, DataOptions, QuantizeOptions
 from edgeprune.stages.original import Original
 from edgeprune.stages.workspace import Workspace
+from edgeprune.training import distill as training
 from edgeprune.training import whole
 from edgeprune.training.recipe import DistillOptions
 
-STAGES = ("analyze", "distill", "quantize", "export", "cache")
+STAGES = ("analyze", "distill", "tail", "quantize", "export", "cache")
 STEPS, SAVE_EVERY = 12, 3
-WARM = {"distill": "accelerate", "quantize": "nncf"}
+WARM = {"distill": "accelerate", "tail": "accelerate", "quantize": "nncf"}
 """Modules that a stage imports; imported before forking, or every fork would import them again."""
 PER_STAGE = 5
 """Kills of a stage before it may finish."""
@@ -83,7 +84,7 @@ def run_stage(stage: str, source: Path, folder: Path) -> None:
 
     def progress(what: str, done: int = 0, total: int = 0, _: str = "") -> None:
         if (what == "analyze" and done > first.setdefault(what, done)) or what == "distill":
-            note(what, done)
+            note(stage, done)
 
     first: dict[str, int] = {}
     shards.SHARD_BYTES = 1  # many shards
@@ -94,8 +95,13 @@ def run_stage(stage: str, source: Path, folder: Path) -> None:
     network.finish = noted(network.finish, lambda _, name, __: ("network", name))  # type: ignore[method-assign]
     settings.SHARD_BYTES, settings._ROUND = 1, 2
     encode.save_tensors = noted(  # type: ignore[attr-defined]
-        encode.save_tensors, lambda path, *_: ("encoded", path.parent.name, path.name)
+        encode.save_tensors, lambda path, *_: ("encoded", path.relative_to(folder))
     )
+    states.SMALL_LOT = 2
+    states.save_tensors = noted(  # type: ignore[attr-defined]
+        states.save_tensors, lambda path, *_: ("states", path.relative_to(folder))
+    )
+    tail.train = functools.partial(training.train, save_every=SAVE_EVERY)  # type: ignore[attr-defined]
     distill.distill = functools.partial(whole.distill, save_every=SAVE_EVERY)  # type: ignore[attr-defined]
     if stage == "cache":
         generation, options = Generation.load(source), CacheOptions("shapes", 9)
@@ -106,13 +112,18 @@ def run_stage(stage: str, source: Path, folder: Path) -> None:
     if stage == "export":
         to_onnx.export(folder / "small", folder / "onnx")
         return
-    ws = Workspace(folder / "small", str(source))
+    ws = Workspace(folder / ("tail" if stage == "tail" else "small"), str(source))
     if stage == "analyze":
         analyze.run(ws, AnalyzeOptions(count=2), progress)
     elif stage == "distill":
         plan.run(ws, PlanOptions(keep=0.95, protect_first=1, protect_last=0))
         prune.run(ws, progress)
         distill.run(ws, DistillOptions(steps=STEPS, batch=2), DataOptions("shapes", 8), progress)
+    elif stage == "tail":
+        plan.run(ws, PlanOptions("manual", blocks="1"))
+        prune.run(ws, progress)
+        from_states = DistillOptions(steps=STEPS, batch=2, states=6, rounds=2, prefix_calibration="feedback")
+        distill.run(ws, from_states, DataOptions("shapes", 8), progress)
     else:
         quantize.run(ws, QuantizeOptions(), progress)
 
@@ -181,7 +192,7 @@ def contents(folder: Path) -> dict[str, str]:
 def done_twice(log: Path) -> list[str]:
     """Return the log lines of work that was finished twice; only training steps between two saves may be."""
     lines = Counter(log.read_text().splitlines())
-    between = {f"distill {step}" for step in range(STEPS) if step % SAVE_EVERY}
+    between = {f"{stage} {step}" for stage in ("distill", "tail") for step in range(STEPS) if step % SAVE_EVERY}
     return [line for line, count in lines.items() if count > 1 and line not in between]
 
 

@@ -22,6 +22,7 @@ def test_four_kills_lose_nothing() -> None:
         "--stages",
         "analyze",
         "distill",
+        "tail",
         "quantize",
         "cache",
     ]
