@@ -33,9 +33,9 @@ def test_labels_are_what_a_scene_shows() -> None:
 def test_it_reads_held_out_scenes_and_tells_damage_from_variety(world: World) -> None:
     network = features.load(world)
     assert right(network, world, count=100) > {"plain": 0.75, "rich": 0.55}[world.name]
-    sets = [world.training_scenes(120, (seed, 9), (Split.HELD_OUT,))[0] for seed in (1, 2)]
+    sets = [world.training_scenes(400, (seed, 9), (Split.HELD_OUT,))[0] for seed in (1, 2)]
     one, other = (features.features(network, images) for images in sets)
-    assert one.shape == (120, features.WIDTH)
+    assert one.shape == (400, features.WIDTH)
     blurred = sets[1].astype(np.float32)
     for axis in (1, 2):
         blurred = sum(np.roll(blurred, shift, axis) for shift in range(-4, 5)) / 9

@@ -101,7 +101,9 @@ def test_a_gpu_without_bf16_computes_in_float16_or_wider(able: bool, monkeypatch
     assert Compute(card, wish=brain).dtype(half, LARGE) == brain
     weights = SimpleNamespace(shapes={"x.weight": (LARGE,)}, dtype=lambda name: brain, kind=lambda: (brain, LARGE))
     for name, expected in (("sd3.5-large", half), ("z-image-turbo", full)):
-        stored: Any = SimpleNamespace(family=family_of(published.transformers()[name], name), weights=weights)
+        stored: Any = SimpleNamespace(
+            family=family_of(published.transformers()[name], name), weights=weights, numbers=LARGE
+        )
         assert dtype_of(stored, cuda) == (brain if able else expected)
     monkeypatch.setattr(staged, "part_weights", lambda *_: weights)
     monkeypatch.setattr(staged, "text_encoders", lambda _: {"clip": "CLIPTextModel", "t5": "T5EncoderModel"})
