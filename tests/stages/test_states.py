@@ -230,7 +230,7 @@ def test_a_begun_training_keeps_its_number_format(
             raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Compute, "dtype", lambda *_: torch.bfloat16)
+        patch.setattr(Compute, "dtype", lambda *_, **__: torch.bfloat16)
         patch.setattr(training, "SAVE_S", 0.0)
         distill.run(ws, options(), DATA, progress)
     steps = list[int]()
