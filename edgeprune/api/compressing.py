@@ -294,10 +294,13 @@ def forecast_compress(
         DiskError: the disk has too little room for what would be written.
     """
     chosen = _checked(model, out, options, revision, quick, no_half)
+    from edgeprune.common.memory import ComputeOptions as Options
+    from edgeprune.residency.compute import Compute
     from edgeprune.stages.choice import rehearse_choice
-    from edgeprune.stages.compress import forecast, need_room, rehearse
+    from edgeprune.stages.compress import check_training, forecast, need_room, rehearse
 
     source, images = source_and_images(out, model, revision, generation, variant)
+    check_training(chosen, Compute.of(compute or Options()))
     rehearsed = rehearse(source, images, chosen)
     if time_s is None:
         _need_memory(out, source, images, chosen, rehearsed, compute)

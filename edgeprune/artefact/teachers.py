@@ -24,7 +24,10 @@ def teacher(name: str) -> Path:
         raise InputError(f"--teacher: found {name!r}, expected one of {', '.join(TEACHERS)}")
     folder = TEACHERS[name]
     if not (folder / "model_index.json").is_file():
-        raise InputError(f"--teacher {name}: {folder} is missing; train it, which takes hours: make assets ONLY={name}")
+        raise InputError(
+            f"--teacher {name}: {folder} is missing; train it in a source tree, which takes hours: "
+            f"make assets ONLY={name}"
+        )
     return folder
 
 

@@ -52,7 +52,8 @@ def lora(
         raise InputError("--scale: needs --merge; for a LoRA file, give the scale when you load it")
     if (device, memory, yes, longest) != ("auto", None, False, None) and not merge:
         raise InputError(
-            "--device, --memory, --yes, --time: are about what --merge computes; a LoRA file takes seconds"
+            "--device, --memory, --yes, --time: are about what --merge computes, a LoRA file takes seconds; "
+            "omit them, or give --merge"
         )
     if merge:
         compute = limits.compute_options(device, memory, yes=yes, longest=longest)

@@ -64,17 +64,17 @@ def placed() -> bool:
     return "LOCAL_RANK" in os.environ
 
 
-def join(device: torch.device | None = None) -> None:
+def join(device: torch.device) -> None:
     """Initialise accelerate: the process group once, before any other call of it; without a group, the device.
 
     Args:
-        device: where this process computes, unless accelerate chooses that. Needed without a process group.
+        device: where this process computes, unless accelerate chooses that.
     """
     import torch
     from accelerate import PartialState
     from accelerate.state import AcceleratorState
 
-    if device is None or placed():
+    if placed():
         cpu = on_cpu() or not torch.cuda.is_available()
         PartialState(cpu=cpu, **({"timeout": _LONGEST_WAIT} if count() > 1 else {}))
         return

@@ -6,12 +6,15 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 _ADVISED = 128 << 10
 """Bytes to ask for at a time. Linux reads no more for one request than for reading ahead: 128 kB of the 400 MB of a
 block by default."""
+
+
+_wishes: list[Future[None]] = []
 
 
 def read_ahead(path: Path, spans: Iterable[tuple[int, int]]) -> None:
@@ -23,7 +26,9 @@ def read_ahead(path: Path, spans: Iterable[tuple[int, int]]) -> None:
         spans: begin and end of each part.
     """
     if not hasattr(os, "posix_fadvise"):  # macOS, Windows
-        _reading().submit(_read, path, list(spans))
+        for wish in _wishes:  # what is still waiting comes too late
+            wish.cancel()
+        _wishes[:] = [_reading().submit(_read, path, list(spans))]
         return
     with contextlib.suppress(OSError), path.open("rb") as file:
         for start, size in _pieces(spans):

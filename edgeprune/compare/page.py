@@ -35,7 +35,7 @@ def cells(summary: dict[str, Any]) -> list[tuple[str, ...]]:
         out.append((f"{other['pipeline']}, as it is", "", size, ratio, "", interval_text(other["score"]), drop, "", ""))
     for row in summary["rows"]:
         seeds = f"{row['seeds']} seeds" if row["seeds"] > 1 else "1 seed" if row["one_seed"] else ""
-        said = ", ".join(filter(None, (seeds, f"{row['steps']:,} steps" if row["steps"] else "")))
+        said = ", ".join(filter(None, (seeds, f"{_range(row['steps'])} steps" if row["steps"] else "")))
         name = f"{row['name']} ({said})" if said else row["name"]
         out.append(
             (
@@ -51,6 +51,11 @@ def cells(summary: dict[str, Any]) -> list[tuple[str, ...]]:
             )
         )
     return out
+
+
+def _range(steps: list[int]) -> str:
+    """Return a number, or the least and the greatest of several: plans that are drawn differ by seed."""
+    return f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}"
 
 
 def _removed(row: dict[str, Any]) -> str:

@@ -64,7 +64,7 @@ def prompts_to_score(
     """Return the prompts to score on: the file's, the metric's own, or captions of shapes world or of edgeprune.
 
     Args:
-        world: that the model draws; None for a model of none.
+        world: that the model draws; None for other models.
         prompts: a text file with one prompt per line.
         per_task: the number of prompts of each task, where prompts have tasks.
         metric: how models are scored.
@@ -180,11 +180,16 @@ def at_work(row: Row, options: CompressOptions, plan: PrunePlan, subject: Subjec
     """Return a row's options with as many training steps as its work allows; unchanged if it has none.
 
     Raises:
-        InputError: the work does not suffice for a step.
+        InputError: the work does not suffice for a step, or the number of states is not set.
     """
     if row.work is None or options.distill is None:
         return options
     recipe = recipe_of(options.distill, plan, subject.family, subject.config, subject.generation)
+    if recipe.states and options.distill.states is None:  # their number would follow from the steps
+        raise InputError(
+            f"{row.name}: distill.states: a large model is trained from states by default; with work, say how many, "
+            "or 0 for none"
+        )
     try:
         steps = steps_in(row.work, plan, recipe, options.distill)
     except InputError as error:

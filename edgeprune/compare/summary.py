@@ -45,7 +45,7 @@ def summarise(results: Mapping[str, Any], grid: Grid, tasks: list[str] | None) -
                 "step_ratio": float(np.median([run["step_ratio"] for run in row_runs])),
                 "step_ratio_quartiles": _step_quartiles(row_runs),
                 "train_s": sum(run["train_s"] for run in row_runs),
-                "steps": row_runs[0]["steps"] if row.work is not None else None,
+                "steps": sorted({run["steps"] for run in row_runs}) if row.work is not None else None,
                 "score": mean_interval(scores[row.name], tasks),
                 "relative_drop": paired_drop(original, scores[row.name], tasks).relative,
                 "lead": None if row is reference else lead,

@@ -1,7 +1,7 @@
 """Scores a teacher on its world's held-out prompts: python -m edgeprune.demo.evaluate [NAME or FOLDER].
 
-Prints the score of each task, and their mean with a bootstrap 95 % interval over prompts. To compare two models, use
-`edgeprune score --against`.
+Prints the score of each task, and their mean with a bootstrap 95 % interval over prompts; and the Fréchet distance of
+the images to scenes of the same captions, see features.py. To compare two models, use `edgeprune score --against`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from edgeprune.artefact.loading import load
 from edgeprune.artefact.teachers import TEACHERS, teacher
 from edgeprune.common.errors import EdgepruneError, InputError
 from edgeprune.common.splits import Split
-from edgeprune.metrics import of_images
+from edgeprune.demo import features
+from edgeprune.metrics import frechet, of_images
 from edgeprune.metrics.drawn import Drawn
 from edgeprune.sampling.generation import Generation
 
@@ -28,7 +29,8 @@ def evaluate(folder: Path, *, per_task: int = 30, seeds: int = 4) -> dict[str, A
     """Return the scores on `per_task` held-out prompts of each task, with `seeds` images per prompt.
 
     Raises:
-        InputError: the folder is no teacher's, and was not made from one.
+        InputError: the folder is no teacher's, and was not made from one; or the world's network of features is not in
+            this tree.
     """
     world = world_drawn(folder)
     if world is None:
@@ -37,10 +39,19 @@ def evaluate(folder: Path, *, per_task: int = 30, seeds: int = 4) -> dict[str, A
     chosen = world.grammar.evaluation_prompts(per_task)
     texts = [p.text for p in chosen]
     metric = Drawn("shapes", of_images("shapes", {}), pipe, generation, texts, split=Split.HELD_OUT, seeds=seeds)
-    values = np.asarray(metric.score())
+    images = metric.images()
+    values = np.asarray(metric.metric.score(list(images), metric.texts, None), float).reshape(-1, seeds).mean(1)
     tasks = [p.meaning.task for p in chosen]
     score, low, high = shapes.score(values, tasks)
+    rng, network = np.random.default_rng(0), features.load(world)
+    scenes = [world.render(p.meaning, rng) for p in chosen for _ in range(seeds)]
+    apart = frechet.interval(
+        features.features(network, images), features.features(network, scenes), list(np.repeat(tasks, seeds))
+    )
     return {
+        "frechet": apart.mean,
+        "frechet_low": apart.low,
+        "frechet_high": apart.high,
         "score": score,
         "score_low": low,
         "score_high": high,

@@ -48,7 +48,7 @@ class SceneNetwork(nn.Module):
 
 
 def labels_of(meaning: Meaning) -> list[float]:
-    """Return what a scene shows as zeros and ones: the number of things, shapes, colours, textures, sizes, letters."""
+    """Return what a scene shows as zeros and ones: the number of things, shapes, colours, textures, letters."""
     things = meaning.things
     letters = {letter for thing in things if thing.shape not in SHAPES for letter in thing.shape.upper()}
     return [

@@ -24,7 +24,7 @@ import typer
 
 from edgeprune.artefact.teachers import SHAPES
 from edgeprune.common.errors import EdgepruneError
-from edgeprune.common.files import read_json, write_json
+from edgeprune.common.files import digest, read_json, write_json
 from edgeprune.common.tables import markdown_table
 from edgeprune.compare import page
 from edgeprune.compare.grid import Grid, grid_named
@@ -103,16 +103,28 @@ def measure(row: Row, out: Path) -> None:
         if results.is_file():
             machine = f"{platform.machine()}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}"
             RESULTS.mkdir(exist_ok=True)
-            write_json(row.kept, {"machine": machine, "results": read_json(results)})
+            kept = {"grid": _identity(row), "machine": machine, "results": read_json(results)}
+            if not row.kept.is_file() or read_json(row.kept)["results"] != kept["results"]:
+                write_json(row.kept, kept)
 
 
 def is_done(row: Row) -> bool:
     """Return whether all of its runs are kept."""
     if not row.kept.is_file():
         return False
-    names = {f"{one.name}/seed-{seed}" for one in row.rows.rows for seed in range(one.seeds)}
-    kept: dict[str, Any] = read_json(row.kept)["results"]
-    return names <= kept.keys()
+    kept = read_json(row.kept)
+    names = {"original"} | {f"{one.name}/seed-{seed}" for one in row.rows.rows for seed in range(one.seeds)}
+    return bool(kept["grid"] == _identity(row) and names <= kept["results"].keys())
+
+
+def _identity(row: Row) -> str:
+    """Return a digest of what a row compares: figures of another grid, budget or work are not its own."""
+    runs = [
+        (one.name, seed, one.seeded(seed, 0).to_json(), one.quantized, one.work)
+        for one in row.rows.rows
+        for seed in range(one.seeds)
+    ]
+    return digest([row.teacher.name, row.rows.budget, row.prompts, runs])
 
 
 def table(row: Row) -> tuple[dict[str, Any], str]:
@@ -167,7 +179,7 @@ def main(
         raise SystemExit(f"ROW={row}: expected one of {', '.join(known)}")
     try:
         if write is not None:
-            check_marks(write, "rows")
+            check_marks(write, row if row in OWN_PLACES else "rows")
         if row is not None:
             measure(known[row], out)
             print(table(known[row])[1])

@@ -19,7 +19,7 @@ def check_marks(page: Path, name: str) -> None:
         InputError: the page has no `<!-- name -->`.
     """
     begin, end = MARKS[0].format(name), MARKS[1]
-    if begin not in page.read_text(encoding="utf-8"):
+    if not page.is_file() or end not in page.read_text(encoding="utf-8").partition(begin)[2]:
         raise InputError(f"{page}: found no {begin}; add it and {end}, a line each, where the table belongs")
 
 

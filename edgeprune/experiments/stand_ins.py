@@ -2,7 +2,7 @@
 
     python -m edgeprune.experiments.stand_ins -o build/stand-ins [--teacher rich-sd3] [--write docs/stand-ins.md]
 
-Nothing is trained. An interrupted run resumes. docs/stand-ins.json, or its like of another teacher, keeps
+Nothing is trained. An interrupted run resumes. docs/stand-ins.json, or the file of another teacher, keeps
 the figures of each caption.
 """
 
@@ -133,7 +133,7 @@ def differences(found: dict[str, dict[str, Any]], teacher: Teacher) -> str:
 
 
 def tables(out: Path, teacher: Teacher) -> str:
-    """Measure and return both tables, and keep what they are made of in RESULTS, or its like of another teacher."""
+    """Measure and return both tables, and keep what they are made of in RESULTS, or in the file of another teacher."""
     found = measure(out, teacher)
     write_json(teacher.results(RESULTS), found)
     return f"{table(found, teacher)}\n\n{differences(found, teacher)}"

@@ -3,8 +3,8 @@
     python -m edgeprune.experiments.tail -o build/tail [--teacher rich-sd3] [--write docs/distill.md]
 
 It takes the extra adamw8bit. An interrupted run goes on with the row that it was at. With --write it keeps what it has
-in docs/distill.json, or its like of another teacher, from which another goes on. Several at a time share the rows: each
-takes one that no other works on.
+in docs/distill.json, or in the file of another teacher, from which another goes on. Several at a time share the rows:
+each takes one that no other works on.
 """
 
 from __future__ import annotations

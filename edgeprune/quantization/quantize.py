@@ -230,9 +230,9 @@ def quantize_part(
         n: precision_of(family, f"{prefix}{n}.weight", tuple(m.weight.shape), group_size=group_size)
         for n, m in linear_layers(module).items()
     }
-    measure = run and calibration == "feedback" and partial(feedback.second_moments, run=run, calls=calls)
+    calibrates = calibration == "feedback" and run is not None
     try:
-        round_layers(module, rule, measure or None)
+        round_layers(module, rule, partial(feedback.second_moments, run=run, calls=calls) if calibrates else None)
     except InputError as error:
         raise InputError(f"{prefix}{error}") from None
 

@@ -85,7 +85,7 @@ def _is_input(parameter: str) -> bool:
 def dtype_of(reference: Reference, compute: Compute) -> torch.dtype:
     """Return the dtype that the whole pipeline computes in: parts of different dtypes do not fit all pipelines."""
     denoiser = reference.parts[reference.denoiser]
-    return compute.dtype(_STORED[denoiser.stored], denoiser.numbers, fits_half=False)  # nobody has looked
+    return compute.dtype(_STORED[denoiser.stored], denoiser.numbers, fits_half=False)  # who knows what exceeds it
 
 
 def is_short(reference: Reference, compute: Compute) -> bool:

@@ -64,7 +64,7 @@ class Compute:
         """Return the dtype to compute a network in.
 
         Without a wish, that is the dtype of its file, or float32 if the processor cannot multiply that, or if the
-        network is small. On a GPU without bf16 it is float16 instead of that, or float32.
+        network is small. On a GPU without bf16, bf16 is replaced by float16, or by float32 unless `fits_half`.
 
         Args:
             stored: the dtype of its weights in the file.
@@ -91,10 +91,6 @@ class Compute:
     def taken(self) -> int:
         """Return the bytes that this process has now; on a GPU those that torch has of it."""
         return resident() if self.device.type == "cpu" else _device_memory(self.device)[0]
-
-    def all(self) -> int:
-        """Return the bytes that may be taken in all: those that were given, else those that are there now."""
-        return self.memory or self.taken() + self.left()
 
     def left(self) -> int:
         """Return the bytes that may still be taken now."""

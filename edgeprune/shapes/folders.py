@@ -16,7 +16,7 @@ _BY_NAME = {world.name: world for world in (PLAIN, RICH)}
 
 
 def world_of(folder: Path) -> World | None:
-    """Return the world that a pipeline's folder draws, whose captions it understands; None for a model of none.
+    """Return the world that a pipeline's folder draws, whose captions it understands; None for other models.
 
     Raises:
         InputError: its world.json is damaged, or names no world of this version.

@@ -38,6 +38,8 @@ from edgeprune.stages.workspace import Workspace
 
 SHARE = 0.75
 """Share of the time that the counted work may take: the rest is for what is not counted, and for a slower moment."""
+_ENOUGH = 0.9
+"""Share of the memory that a run began in, with which it goes on as if all of it were there: a part is left free."""
 WITHOUT_SCORES = "uniform"
 """The method that plans by position alone, where no analysis fits."""
 Move = tuple[str, Any]
@@ -89,8 +91,8 @@ class Choice:
     int4_text: int = 1
     """0 if a T5 or Qwen3 has 8 bits instead of INT4."""
     memory: int = 0
-    """Bytes that a large model's run may take where no memory is given: those that were there at its start. Row counts
-    follow from it, so a run that resumes goes on to the same bytes. 0 of a small model, which is held as a whole."""
+    """Bytes that a large model's run on a processor may take: those that were free at its start, where none were given.
+    Row counts follow from it, so a run that resumes goes on to the same bytes. 0 in all other runs."""
 
     @classmethod
     def of_manifest(cls, ws: Workspace) -> Choice | None:
@@ -323,7 +325,7 @@ def settle(
         return None
     if known and known.of == of and time_s in (None, known.time_s):
         progress(known.described())
-        ws.limit_memory(known.memory)
+        _go_on_in(ws, known.memory, progress)
         return known
     if not ws.fresh and (known or ws.manifest.stages):
         begun = f"with --time {duration(known.time_s)}" if known else "without --time"
@@ -332,9 +334,24 @@ def settle(
     wanted = time_s or (known.time_s if known else 0.0)
     speeds = measured(ws.subject, ws.original.stored, ws.original.compute, ws.cache)
     choice = choose(ws.subject, options, wanted, speeds, quick=quick)
-    if not is_small(ws.subject.numbers):
-        choice = replace(choice, memory=ws.original.compute.all())
+    place = ws.original.compute
+    if place.memory is None and place.device.type == "cpu" and not is_small(ws.subject.numbers):
+        choice = replace(choice, memory=place.left() + place.taken())
     ws.keep_choice(asdict(choice))
     ws.limit_memory(choice.memory)
     progress(choice.described())
     return choice
+
+
+def _go_on_in(ws: Workspace, memory: int, progress: Progress) -> None:
+    """Take as much memory as the run began in, unless clearly less is there now, or it is about another device."""
+    place = ws.original.compute
+    if not memory or place.memory is not None or place.device.type != "cpu":
+        return
+    if (here := place.left() + place.taken()) < _ENOUGH * memory:
+        progress(
+            f"memory: {here / 1e9:.1f} GB are free, {memory / 1e9:.1f} GB were when this began; fewer rows run "
+            "together, so last bits may differ"
+        )
+    else:
+        ws.limit_memory(memory)

@@ -13,7 +13,6 @@ from typing import Any
 
 from edgeprune.analysis.contribution import ContributionReport, fingerprint, groups
 from edgeprune.artefact.resolve import read_original
-from edgeprune.common import processes
 from edgeprune.common.errors import BudgetError, InputError
 from edgeprune.common.files import need_space
 from edgeprune.common.linking import is_linked
@@ -49,6 +48,7 @@ from edgeprune.stages.work import (
     shapes_per_task,
 )
 from edgeprune.stages.workspace import ENCODERS_STAGE, Workspace
+from edgeprune.training.parallel import Parallel
 from edgeprune.training.recipe import DistillOptions
 
 
@@ -64,7 +64,7 @@ def preset(name: str, *, world: World | None, data: str | None = None) -> Compre
 
     Args:
         name: of the preset.
-        world: that the model draws; None for a model of none.
+        world: that the model draws; None for other models.
         data: what to train on, see DataOptions.
 
     Raises:
@@ -309,6 +309,17 @@ def need_memory(of: Memory, options: CompressOptions, expected: PrunePlan, done:
                 check_memory(stage, needed, of.compute)
 
 
+def check_training(options: CompressOptions, compute: Compute) -> None:
+    """Refuse a training that cannot run on a device, before anything is computed.
+
+    Raises:
+        InputError: see `Parallel.check`.
+    """
+    if (training := options.distill) is not None:
+        given = training.mixed_precision or "no"
+        Parallel.check(given, training.batch, options.placement, compute.device, training.optimizer)
+
+
 def calibrating_prompts(options: CompressOptions, subject: Subject) -> int:
     """Return how many prompts calibrate INT4."""
     int4 = options.settled(subject.numbers).quantize
@@ -363,10 +374,10 @@ def compress(
     rehearsed = rehearse(ws.source, ws.generation, options)
     if options.distill is not None:
         options.distill.check()
-        options.placement.micro_batches(options.distill.batch, processes.count())
+        check_training(options, ws.original.compute)
         training = _training(ws, options, rehearsed)
         recipe = distill.recipe_of(training, rehearsed, ws.family, ws.config, ws.generation)
-        if not recipe.states:
+        if not recipe.states:  # with states, what is frozen is known once scores have made the plan
             tail.check(rehearsed, training, recipe, options.placement)
     need_memory(ws.memory, options, rehearsed, () if ws.fresh else ws.manifest.stages)
     if options.quantize.calibration != "none" and "quantize" not in ws.manifest.stages:

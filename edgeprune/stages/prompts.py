@@ -25,7 +25,7 @@ def analysis_prompts(options: AnalyzeOptions, *, world: World | None) -> list[st
 
     Args:
         options: of the analysis.
-        world: that the model draws: it understands only the captions of this world. None for a model of none.
+        world: that the model draws: it understands only the captions of this world. None for other models.
 
     Raises:
         InputError: the file cannot be used, or the split has fewer prompts.

@@ -64,7 +64,7 @@ class Subject:
 
     @property
     def world(self) -> World | None:
-        """The world that it draws; None for a model of none."""
+        """The world that it draws; None for other models."""
         return world_of(self.source)
 
     @property

@@ -202,7 +202,7 @@ class Workspace:
 
     @cached_property
     def world(self) -> World | None:
-        """The world that the model draws, whose captions and scenes all stages use; None for a model of none."""
+        """The world that the model draws, whose captions and scenes all stages use; None for other models."""
         return world_of(self.source)
 
     @property

@@ -11,21 +11,25 @@ from edgeprune.planning.plan import PrunePlan
 from edgeprune.training.recipe import DistillOptions, Recipe
 
 
-def per_sample(plan: PrunePlan, recipe: Recipe) -> int:
+def per_sample(plan: PrunePlan, recipe: Recipe, options: DistillOptions) -> int:
     """Return the evaluations that a step takes for each sample of its batch.
 
     From states, only blocks that are trained run. Otherwise the teacher runs, and what is frozen of the student.
     """
     frozen = plan.first_pruned if recipe.freeze_prefix else 0
     trained = 3 * (len(plan.kept) - frozen)
-    return trained if recipe.states else plan.num_blocks + frozen + trained
+    return trained if recipe.states else _taught(plan, options) + frozen + trained
 
 
 def of_states(plan: PrunePlan, recipe: Recipe, options: DistillOptions) -> int:
     """Return the evaluations that make all states: of the teacher, and of the frozen blocks where they are rounded."""
-    taught = plan.num_blocks * (1 if options.guidance is None else 2)
     frozen = plan.first_pruned if options.int4_group_size else 0
-    return recipe.states * recipe.rounds * (taught + frozen)
+    return recipe.states * recipe.rounds * (_taught(plan, options) + frozen)
+
+
+def _taught(plan: PrunePlan, options: DistillOptions) -> int:
+    """Return the evaluations of the teacher: twice all blocks if the student learns its guided velocity."""
+    return plan.num_blocks * (1 if options.guidance is None else 2)
 
 
 def steps_in(work: int, plan: PrunePlan, recipe: Recipe, options: DistillOptions) -> int:
@@ -40,10 +44,11 @@ def steps_in(work: int, plan: PrunePlan, recipe: Recipe, options: DistillOptions
     Raises:
         InputError: it does not suffice for a step.
     """
-    states, step = of_states(plan, recipe, options), options.batch * per_sample(plan, recipe)
+    states, step = of_states(plan, recipe, options), options.batch * per_sample(plan, recipe, options)
     if work < states + step:
+        making = f"{states:,} for states and " if states else ""
         raise InputError(
-            f"work: found {work:,} evaluations of a block, "
-            f"expected at least {states:,} for states and {step:,} for a step"
+            f"work: found {work:,} evaluations of a block, expected at least {making}{step:,} for a step; "
+            "give more work, or a smaller batch"
         )
     return (work - states) // step

@@ -190,21 +190,26 @@ def test_a_grid_runs_once_and_resumes(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "| koala (2 seeds) |" in (out / "compare.md").read_text()
 
 
-def test_rows_of_equal_work_take_their_own_steps(tmp_path: Path) -> None:
+def test_rows_of_equal_work_take_their_own_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     tiny_pipeline(source)
     text = GRID.replace("steps = 2\n", "").replace("seeds = 2", "work = 100")
     text = text.replace("protect_first = 0, protect_last = 0", "protect_first = 1, protect_last = 0")
     grid = Grid.load(write(tmp_path / "grid.toml", text), START)
     summary = run.compare(Workspace(out / "original", str(source)), grid, "velocity", ["a red circle"], out)
-    koala, ours, half = (row["steps"] for row in summary["rows"])
+    assert summary["rows"][2]["steps"] is None
+    ((koala,), (ours,)) = (row["steps"] for row in summary["rows"][:2])
     for name, steps, is_frozen in (("koala", koala, False), ("ours", ours, True)):
         plan = PrunePlan.load(out / name / "seed-0" / "plan.json")
         frozen = plan.first_pruned if is_frozen else 0
         assert steps == 100 // (2 * (plan.num_blocks + frozen + 3 * (len(plan.kept) - frozen))) > 0
-    assert half is None and f"| koala (1 seed, {koala} steps) |" in page.markdown(summary)
+    assert f"| koala (1 seed, {koala} steps) |" in page.markdown(summary)
+    assert page._range([1000, 2000]) == "1,000 to 2,000"
+    with monkeypatch.context() as patch, pytest.raises(InputError, match=r"^ours: distill\.states: a large model"):
+        patch.setattr("edgeprune.stages.tail.is_small", lambda numbers: False)  # its prefix is frozen, koala's is not
+        run.forecast_grid(source, grid, 1, "velocity", out)
     few = Grid.load(write(tmp_path / "few.toml", text.replace("work = 100", "work = 5")), START)
-    with pytest.raises(InputError, match=r"^koala: work: found 5 evaluations of a block, expected at least 0 for"):
+    with pytest.raises(InputError, match=r"^koala: work: found 5 evaluations of a block, expected at least "):
         run.forecast_grid(source, few, 1, "velocity", out)
 
 

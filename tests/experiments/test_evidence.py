@@ -35,7 +35,8 @@ def results(row: evidence.Row) -> dict[str, Any]:
 def test_rows_are_grids_at_budgets() -> None:
     known = evidence.rows()
     for name, row in known.items():
-        assert row.name == name and row.rows.rows and row.title if name not in evidence.OWN_PLACES else row.rows
+        assert row.name == name and row.rows.rows
+        assert name in evidence.OWN_PLACES or row.teacher.name in row.title
     row = known["shapes-untrained-0.12"]
     assert row.rows.budget == 0.12 and known["shapes-untrained-0.16"].rows.budget == 0.16
     assert all(one.options.distill is None for one in row.rows.rows)
@@ -71,7 +72,13 @@ def test_the_page_is_made_of_what_is_kept(kept: Path, tmp_path: Path) -> None:
     known, page = evidence.rows(), tmp_path / "page.md"
     kept.mkdir()
     for name in ("demo-untrained", "shapes-untrained-0.22", "shapes-equal-work"):
-        write_json(kept / f"{name}.json", {"machine": "a machine", "results": results(known[name])})
+        row = known[name]
+        write_json(
+            kept / f"{name}.json",
+            {"grid": evidence._identity(row), "machine": "a machine", "results": results(row)},
+        )
+    other = known["shapes-untrained-0.12"]  # kept, but of another grid
+    write_json(kept / f"{other.name}.json", {"grid": "x", "machine": "a machine", "results": results(other)})
     page.write_text(PAGE)
     evidence.write_page(page)
     text = page.read_text()

@@ -84,7 +84,7 @@ def exported(artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 # ------------------------------------------------------------------------------------- the packages
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # test_integers.py reads the same package
 def test_every_quantised_layer_feeds_a_linear(exported: tuple[Path, dict[str, Any]], model: nn.Module) -> None:
     """test_integers.py checks that the integers are the checkpoint's."""
     operations = Package(exported[0] / "transformer" / "model.mlpackage").operations

@@ -46,6 +46,7 @@ def test_a_system_without_such_advice_reads_in_a_thread(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(read_ahead, "_read", read)
     Weights(tmp_path).ahead(["b", "c"])
+    read_ahead._wishes[0].result(timeout=60)
     read_ahead.read_ahead(tmp_path / "none", [(0, 10)])  # the reader says what is missing
     read_ahead._reading().submit(int).result(timeout=60)
     (one, spans), missing = finished

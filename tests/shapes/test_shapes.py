@@ -93,7 +93,7 @@ def test_checker_on_noisy_renders(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.skipif(not (ASSETS / "vae").is_dir(), reason="the built-in teacher is not in the tree")
 @pytest.mark.parametrize("count", [FEWER, pytest.param(RENDERS, marks=pytest.mark.slow)])
-@pytest.mark.slow
+@pytest.mark.slow  # test_checker_on_noisy_renders is quick
 def test_checker_after_vae_round_trip(count: int, capsys: pytest.CaptureFixture[str]) -> None:
     torch = pytest.importorskip("torch")
     vae = pytest.importorskip("diffusers").AutoencoderKL.from_pretrained(ASSETS / "vae").float().eval()

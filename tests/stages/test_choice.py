@@ -230,13 +230,17 @@ def test_a_large_models_run_goes_on_in_the_memory_that_it_began_with(
     def memory(out: str, free: int, given: int | None = None) -> int | None:
         monkeypatch.setattr("edgeprune.residency.compute.allowed", lambda: free)
         ws = Workspace(tmp_path / out, str(source), compute=ComputeOptions("cpu", given))
-        settle(ws, ASKED, 600, silent)
+        settle(ws, ASKED, 600, lambda what, *_: lines.append(what))
         return ws.original.compute.memory
 
+    lines = list[str]()
     assert memory("small", 8 * 10**9) is None  # all of it is in memory
     monkeypatch.setattr(choice, "is_small", lambda numbers: False)
-    assert memory("large", 8 * 10**9) == memory("large", 5 * 10**9) == 8 * 10**9
+    assert memory("large", 8 * 10**9) == memory("large", 75 * 10**8) == 8 * 10**9
+    assert memory("large", 5 * 10**9) is None  # a limit that is not there would help nobody
+    assert lines[-1].startswith("memory: 5.0 GB are free, 8.0 GB were when this began")
     assert memory("large", 5 * 10**9, given=3 * 10**9) == 3 * 10**9
+    assert memory("given", 8 * 10**9, given=3 * 10**9) == 3 * 10**9 and memory("given", 8 * 10**9) is None
 
 
 def test_the_command_shows_what_it_would_choose(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

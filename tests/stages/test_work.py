@@ -23,6 +23,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "all weights": {"freeze_prefix": False},
     "PWP": {},
     "states": {"states": 4},
+    "guidance learned": {"guidance": 2.0},
     "states, nothing rounded": {"states": 4, "rounds": 3, "int4_group_size": None},
 }
 
@@ -51,8 +52,8 @@ def test_it_is_what_blocks_do(kind: str, source: Path, tmp_path: Path) -> None:
         hook.remove()
     found = ws.plan()
     recipe = distill.recipe_of(options, found, ws.family, ws.config, ws.generation)
-    assert ran[0] == of_states(found, recipe, options) + STEPS * BATCH * per_sample(found, recipe) > 0
+    assert ran[0] == of_states(found, recipe, options) + STEPS * BATCH * per_sample(found, recipe, options) > 0
     assert steps_in(ran[0], found, recipe, options) == STEPS
     assert steps_in(ran[0] - 1, found, recipe, options) == STEPS - 1
-    with pytest.raises(InputError, match=r"work: found 1 evaluations of a block, expected at least \d+ for states"):
+    with pytest.raises(InputError, match=r"work: found 1 evaluations of a block, expected at least \d+ for "):
         steps_in(1, found, recipe, options)

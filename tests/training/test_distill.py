@@ -228,7 +228,7 @@ def test_the_average_follows_steps_that_bf16_would_lose(host: bool) -> None:
     assert torch.allclose(ema.average["p"], torch.tensor(1.05), atol=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # the tests of rounding.py are quick
 def test_training_on_rounded_weights_lowers_the_error_after_rounding(tmp_path: Path) -> None:
     family, teacher, student, _, _, pairs = setup()
     g = torch.Generator().manual_seed(1)

@@ -140,14 +140,14 @@ def test_prompts_and_seeds_are_of_the_tuning_split() -> None:
     assert [w.text for w in wanted] == prompts(Split.TUNING, 14)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # test_the_choice_is_good_and_written tunes, too
 def test_a_bound_that_nothing_keeps_to_leaves_the_settings(folder: Path, texts: Path) -> None:
     done = api.tune(folder, psnr_bound_db=-200.0, prompts=texts, count=1)
     assert done.new == done.old == Generation.load(folder)
     assert not done.chosen.good  # by itself, which is no reason to change
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # test_the_choice_is_good_and_written tunes, too
 def test_a_metric_of_images_alone_has_its_own_bound(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def scored(samples: Any, names: Any, **options: Any) -> Any:
         if names == ["shapes"]:  # few steps lose 3 % of the score
@@ -187,7 +187,7 @@ def test_an_interrupted_run_goes_on(folder: Path, texts: Path, monkeypatch: pyte
     assert len(left) == 1 and left[0].endswith(".json")
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # test_the_choice_is_good_and_written tunes, too
 def test_without_writing_the_folder_stays_as_it_is(folder: Path, texts: Path) -> None:
     def files() -> dict[str, str]:
         return {str(path): sha256_file(path) for path in folder.rglob("*") if path.is_file()}

@@ -57,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m edgeprune.demo.train.features", description=__doc__)
     worlds = {world.name: world for world in WORLDS.values()}
     parser.add_argument("world", choices=worlds)
-    parser.add_argument("--out", type=Path, help="the file; default: where `make evidence` looks for it")
+    parser.add_argument("--out", type=Path, help="the file; default: where edgeprune.demo.evaluate looks for it")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--scenes", type=int, default=24_000)
     args = parser.parse_args()

@@ -55,24 +55,47 @@ def run(
     environment = os.environ | ({} if caches is None else {"XDG_CACHE_HOME": str(caches)})
     with tempfile.TemporaryFile("w+") as told:
         process = subprocess.Popen([sys.executable, "-m", "edgeprune.cli", *arguments], env=environment, stdout=told)
-        killer = threading.Timer(kill_after_s or threading.TIMEOUT_MAX, process.kill)
-        killer.start()
-        with sampled_peak(process.pid, lambda peak: so_far(Stage(time.monotonic() - began, peak))) as peak:
+        with (
+            ended_after(process, kill_after_s) as over,
+            sampled_peak(process.pid, lambda peak: so_far(Stage(time.monotonic() - began, peak))) as peak,
+        ):
             _, status, usage = os.wait4(process.pid, 0)
             seconds = time.monotonic() - began
-        killer.cancel()
         told.seek(0)
         lines = told.read().splitlines()
     print(*lines, sep="\n", flush=True)
     moved = json.loads(lines[-1]) if "--json" in arguments and lines else {}
     process.returncode = code = os.waitstatus_to_exitcode(status)  # it has been waited for
-    killed = kill_after_s is not None and code == -signal.SIGKILL
+    killed = over.is_set() and code == -signal.SIGKILL
     found = max(peak(), usage.ru_maxrss * 1024)
     stage = Stage(seconds, found, moved.get("read_bytes"), moved.get("written_bytes"), killed)
     so_far(stage)
     if code and not killed:
         raise SystemExit(f"edgeprune {arguments[0]} ended with {code}")
     return stage
+
+
+@contextlib.contextmanager
+def ended_after(process: subprocess.Popen[str], seconds: float | None) -> Iterator[threading.Event]:
+    """Kill a process if it still runs after so many seconds; None lets it run.
+
+    Yields:
+        Whether its time is over.
+    """
+    over = threading.Event()
+
+    def kill() -> None:
+        over.set()
+        process.kill()
+
+    timer = threading.Timer(seconds or 0.0, kill)
+    timer.daemon = True
+    if seconds is not None:
+        timer.start()
+    try:
+        yield over
+    finally:
+        timer.cancel()
 
 
 @contextlib.contextmanager

@@ -72,7 +72,7 @@ class Recorder:
             "peak_bytes": max(a.get("peak_bytes", 0) for a in attempts),
         }
         if kill_after_s is not None:
-            values["kills"] = len(attempts) - 1
+            values["kills"] = sum(attempt.get("killed", False) for attempt in attempts)
         if len(attempts) == 1 and stage.read_bytes is not None and stage.written_bytes is not None:
             values["said"] = f"{stage.read_bytes / 1e9:.1f} GB read, {stage.written_bytes / 1e9:.1f} GB written"
         if file is not None:
