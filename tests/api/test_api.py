@@ -135,6 +135,18 @@ def test_compress(source: Path, tmp_path: Path) -> None:
     assert again.ran == () and as_printed(again) == as_printed(made) | {"ran": [], "read_bytes": 0, "written_bytes": 0}
 
 
+@pytest.mark.parametrize("call", [api.compress, api.forecast_compress])
+def test_a_training_that_the_device_cannot_run_is_refused_first(call: Any, source: Path, tmp_path: Path) -> None:
+    training = api.DistillOptions(steps=2, batch=2, mixed_precision="fp16")
+    plan = api.PlanOptions("manual", blocks="1")
+    options = api.CompressOptions(plan=plan, distill=training, data=api.DataOptions("shapes", 2))
+    with pytest.raises(InputError, match="--mixed-precision: found fp16, expected no or bf16 on cpu"):
+        call(source, tmp_path / "out", options, compute=api.ComputeOptions("cpu"))
+    assert (
+        not list(tmp_path.glob("out/*.json")) or not json.loads((tmp_path / "out/edgeprune.json").read_text())["stages"]
+    )
+
+
 def test_bad_input_is_refused_before_anything_is_written(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "small"
     with pytest.raises(InputError, match="begin with: edgeprune analyze MODEL"):
