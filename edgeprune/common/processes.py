@@ -64,17 +64,17 @@ def placed() -> bool:
     return "LOCAL_RANK" in os.environ
 
 
-def join(device: torch.device) -> None:
+def join(device: torch.device | None = None) -> None:
     """Initialise accelerate: the process group once, before any other call of it; without a group, the device.
 
     Args:
-        device: where this process computes, unless accelerate chooses that.
+        device: where this process computes, unless accelerate chooses that; None where only the group matters.
     """
     import torch
     from accelerate import PartialState
     from accelerate.state import AcceleratorState
 
-    if placed():
+    if device is None or placed():
         cpu = on_cpu() or not torch.cuda.is_available()
         PartialState(cpu=cpu, **({"timeout": _LONGEST_WAIT} if count() > 1 else {}))
         return

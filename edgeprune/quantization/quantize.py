@@ -230,9 +230,11 @@ def quantize_part(
         n: precision_of(family, f"{prefix}{n}.weight", tuple(m.weight.shape), group_size=group_size)
         for n, m in linear_layers(module).items()
     }
-    calibrates = calibration == "feedback" and run is not None
+    measure = None
+    if calibration == "feedback" and run is not None:
+        measure = partial(feedback.second_moments, run=run, calls=calls)
     try:
-        round_layers(module, rule, partial(feedback.second_moments, run=run, calls=calls) if calibrates else None)
+        round_layers(module, rule, measure)
     except InputError as error:
         raise InputError(f"{prefix}{error}") from None
 

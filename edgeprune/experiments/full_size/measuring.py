@@ -76,7 +76,7 @@ def run(
 
 
 @contextlib.contextmanager
-def ended_after(process: subprocess.Popen[str], seconds: float | None) -> Iterator[threading.Event]:
+def ended_after(process: subprocess.Popen[bytes], seconds: float | None) -> Iterator[threading.Event]:
     """Kill a process if it still runs after so many seconds; None lets it run.
 
     Yields:
