@@ -35,6 +35,7 @@ def evaluate(folder: Path, *, per_task: int = 30, seeds: int = 4) -> dict[str, A
     world = world_drawn(folder)
     if world is None:
         raise InputError(f"{folder}: draws no shapes world; expected a teacher, or what was made from one")
+    network = features.load(world)
     pipe, generation = load(folder), Generation.load(folder)
     chosen = world.grammar.evaluation_prompts(per_task)
     texts = [p.text for p in chosen]
@@ -43,7 +44,7 @@ def evaluate(folder: Path, *, per_task: int = 30, seeds: int = 4) -> dict[str, A
     values = np.asarray(metric.metric.score(list(images), metric.texts, None), float).reshape(-1, seeds).mean(1)
     tasks = [p.meaning.task for p in chosen]
     score, low, high = shapes.score(values, tasks)
-    rng, network = np.random.default_rng(0), features.load(world)
+    rng = np.random.default_rng(0)
     scenes = [world.render(p.meaning, rng) for p in chosen for _ in range(seeds)]
     apart = frechet.interval(
         features.features(network, images), features.features(network, scenes), list(np.repeat(tasks, seeds))

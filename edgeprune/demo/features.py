@@ -1,7 +1,7 @@
 """Features of scenes: what a small network, trained on a world's scenes, sees in an image.
 
-The network names what a scene shows: how many things, and which shapes, colours, textures and words are where. The
-layer before that answer is what edgeprune.metrics.frechet compares. It judges images without knowing their captions.
+The network names what a scene shows: how many things, and which shapes, colours, textures and letters. The layer
+before that answer is what edgeprune.metrics.frechet compares. It judges images without knowing their captions.
 
 Notation: B images, S side of an image in pixels.
 """

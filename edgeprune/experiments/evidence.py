@@ -49,14 +49,14 @@ class Row:
 
     name: str
     teacher: Teacher
-    grid: str
+    grid_name: str
     budget: float | None = None
     """Share of the bf16 bytes; None for that of the grid."""
 
     @functools.cached_property
-    def rows(self) -> Grid:
+    def grid(self) -> Grid:
         """The grid at this budget."""
-        found = Grid.load(grid_named(self.grid), preset("default", world=self.teacher.world))
+        found = Grid.load(grid_named(self.grid_name), preset("default", world=self.teacher.world))
         return replace(found, budget=self.budget or found.budget)
 
     @functools.cached_property
@@ -77,7 +77,7 @@ class Row:
     @property
     def title(self) -> str:
         """A heading."""
-        return f"{self.teacher.name} at {self.rows.budget:g} of the bf16 bytes, {_TITLES[self.grid]}"
+        return f"{self.teacher.name} at {self.grid.budget:g} of the bf16 bytes, {_TITLES[self.grid_name]}"
 
 
 def rows() -> dict[str, Row]:
@@ -98,7 +98,7 @@ def measure(row: Row, out: Path) -> None:
     if row.kept.is_file() and not results.is_file():
         write_json(results, read_json(row.kept)["results"])
     try:
-        compare(Workspace(original, row.teacher.model), row.rows, "shapes", row.prompts, folder, _show)
+        compare(Workspace(original, row.teacher.model), row.grid, "shapes", row.prompts, folder, _show)
     finally:
         if results.is_file():
             machine = f"{platform.machine()}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}"
@@ -113,7 +113,7 @@ def is_done(row: Row) -> bool:
     if not row.kept.is_file():
         return False
     kept = read_json(row.kept)
-    names = {"original"} | {f"{one.name}/seed-{seed}" for one in row.rows.rows for seed in range(one.seeds)}
+    names = {"original"} | {f"{one.name}/seed-{seed}" for one in row.grid.rows for seed in range(one.seeds)}
     return bool(kept["grid"] == _identity(row) and names <= kept["results"].keys())
 
 
@@ -121,16 +121,16 @@ def _identity(row: Row) -> str:
     """Return a digest of what a row compares: figures of another grid, budget or work are not its own."""
     runs = [
         (one.name, seed, one.seeded(seed, 0).to_json(), one.quantized, one.work)
-        for one in row.rows.rows
+        for one in row.grid.rows
         for seed in range(one.seeds)
     ]
-    return digest([row.teacher.name, row.rows.budget, row.prompts, runs])
+    return digest([row.teacher.name, row.grid.budget, row.prompts, runs])
 
 
 def table(row: Row) -> tuple[dict[str, Any], str]:
     """Return the summary of a row that is done, and its table."""
     kept = read_json(row.kept)
-    summary = summarise(kept["results"], row.rows, row.tasks)
+    summary = summarise(kept["results"], row.grid, row.tasks)
     return summary, f"{page.markdown(summary)}\n\n{kept['machine']}, {summary['seconds'] / 60:.0f} minutes."
 
 
@@ -157,8 +157,15 @@ def listing() -> str:
 
     def lines() -> Iterator[tuple[str, ...]]:
         for row in rows().values():
-            many = sum(one.seeds for one in row.rows.rows)
-            yield row.name, row.teacher.name, row.grid, f"{row.rows.budget:g}", str(many), "yes" if is_done(row) else ""
+            many = sum(one.seeds for one in row.grid.rows)
+            yield (
+                row.name,
+                row.teacher.name,
+                row.grid_name,
+                f"{row.grid.budget:g}",
+                str(many),
+                "yes" if is_done(row) else "",
+            )
 
     return markdown_table(("ROW", "teacher", "grid", "budget", "runs", "measured"), list(lines()))
 

@@ -25,7 +25,7 @@ def results(row: evidence.Row) -> dict[str, Any]:
     """Runs of a row that pass all images of the original and half of the others."""
     run = {"blocks": [1], "components": [], "modulation_rank": None, "bytes": 16, "step_ratio": 0.5, "train_s": 1.0}
     found: dict[str, Any] = {"original": {"scores": [1.0] * len(row.prompts), "bytes": 100, "seconds": 60.0}}
-    for one in row.rows.rows:
+    for one in row.grid.rows:
         for seed in range(one.seeds):
             scores = [float(i % 2) for i in range(len(row.prompts))]
             found[f"{one.name}/seed-{seed}"] = run | {"scores": scores, "seconds": 60.0, "steps": 100}
@@ -35,13 +35,13 @@ def results(row: evidence.Row) -> dict[str, Any]:
 def test_rows_are_grids_at_budgets() -> None:
     known = evidence.rows()
     for name, row in known.items():
-        assert row.name == name and row.rows.rows
+        assert row.name == name and row.grid.rows
         assert name in evidence.OWN_PLACES or row.teacher.name in row.title
     row = known["shapes-untrained-0.12"]
-    assert row.rows.budget == 0.12 and known["shapes-untrained-0.16"].rows.budget == 0.16
-    assert all(one.options.distill is None for one in row.rows.rows)
-    assert {one.seeds for one in row.rows.rows if one.options.plan.method == "random"} == {5}
-    trained = known["shapes-equal-work"].rows.rows
+    assert row.grid.budget == 0.12 and known["shapes-untrained-0.16"].grid.budget == 0.16
+    assert all(one.options.distill is None for one in row.grid.rows)
+    assert {one.seeds for one in row.grid.rows if one.options.plan.method == "random"} == {5}
+    trained = known["shapes-equal-work"].grid.rows
     assert {one.seeds for one in trained if one.work} == {3} and len([one for one in trained if one.work]) == 5
     assert len(row.prompts) == 30 * len(PLAIN.grammar.names) == len(row.tasks)
 
