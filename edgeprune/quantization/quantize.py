@@ -57,7 +57,8 @@ def feedback_bytes(shapes: Sequence[Shape], stored: int, computed: int, activati
     sizes = [math.prod(shape) for shape in shapes]
     scaled = least_bytes(sizes, 0, stored, computed, rounding_bytes(max(sizes), computed))
     working = max(activations, feedback.working_bytes(shapes))
-    return max(scaled, least_bytes(sizes, 0, stored, computed, working) + feedback.moments_bytes(shapes))
+    packed = sum(sizes)  # of INT4, half a byte each: of this block, and of one that waits to be written
+    return packed + max(scaled, least_bytes(sizes, 0, stored, computed, working) + feedback.moments_bytes(shapes))
 
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
